@@ -29,7 +29,9 @@ def real_data_dir(shared_dir, tmp_path_factory):
     import sys
 
     target = tmp_path_factory.mktemp("real-data")
-    subprocess.run([sys.executable, str(shared_dir / "data" / "unpack.py"), str(target)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, str(shared_dir / "data" / "unpack.py"), str(target)], check=True, capture_output=True
+    )
     return target
 
 

@@ -1,0 +1,202 @@
+"""Run the main job of every paper: train, evaluate the saved file, count. Called by run_all.sh after the set-up.
+
+    bash run_all.sh                            # digits that need no download, minutes on a laptop
+    bash run_all.sh --data-dir DIR             # the real data sets found under DIR, on a short schedule
+    bash run_all.sh --data-dir DIR --full      # the papers' own schedules; wants a GPU
+    bash run_all.sh --only shiftresnet -- --amp bf16    # flags after -- go to the training commands
+
+Runs go to runs/<paper>/. A finished job is not repeated, an interrupted one goes on where it was.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+LAST_LINES = 12
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command of a paper. epochs and metrics (path of metrics.jsonl) are set for training jobs only."""
+
+    paper: str
+    title: str
+    command: tuple[str, ...]
+    epochs: int = 0
+    metrics: Path | None = None
+
+    def log_path(self, output: Path) -> Path:
+        return output / self.paper / f"{self.title.replace(' ', '-')}.log"
+
+
+def shiftresnet_jobs(args, output: Path) -> list[Job]:
+    """ShiftResNet20 (expansion 3) against ResNet20 on CIFAR-10, or on the digits."""
+    folder = output / "shiftresnet"
+    real = has_real_data(args.data_dir, "cifar-10-batches-py")
+    data = ["--data-dir", args.data_dir] if real or args.full else ["--embedded-data"]
+    epochs = 160 if args.full else 4 if real else 8
+    schedule = ["--recipe=published"] if args.full else [f"--epochs={epochs}"]
+    jobs = []
+    networks = {"shiftresnet20_3.0": ["--arch=shiftresnet20", "--expansion=3"], "resnet20": ["--arch=resnet20"]}
+    for name, flags in networks.items():
+        common = [*data, f"--device={args.device}"]
+        train = [
+            "shiftresnet/main.py",
+            *flags,
+            *schedule,
+            *common,
+            "--seed=1",
+            f"--output-dir={folder}",
+            "--auto-resume",
+        ]
+        jobs.append(Job("shiftresnet", f"train {name}", (*train, *args.extra), epochs, folder / name / "metrics.jsonl"))
+        evaluate = ["shiftresnet/eval.py", f"--model={folder / name}.t7", *common]
+        jobs.append(Job("shiftresnet", f"evaluate {name}", tuple(evaluate)))
+        jobs.append(Job("shiftresnet", f"count {name}", ("shiftresnet/count.py", *flags)))
+    return jobs
+
+
+PAPERS = {"shiftresnet": shiftresnet_jobs}
+
+
+def has_real_data(data_dir: str, name: str) -> bool:
+    return (Path(data_dir) / name).exists()
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def epochs_done(job: Job) -> int:
+    """Epochs that the job's metrics.jsonl has."""
+    try:
+        return sum('"type": "epoch"' in line for line in job.metrics.read_text().splitlines())
+    except (OSError, AttributeError):
+        return 0
+
+
+def progress(job: Job, seconds: float, at_start: int) -> str:
+    """Elapsed time and, for a training job, epochs and an estimate of the time left."""
+    text = clock(seconds)
+    if job.epochs:
+        done = epochs_done(job)
+        text += f", epoch {done}/{job.epochs}"
+        if done > at_start:
+            text += f", about {clock(seconds / (done - at_start) * (job.epochs - done))} left"
+    return text
+
+
+def run_job(job: Job, label: str, output: Path) -> bool:
+    """Run one job with its output in a log, showing one progress line. True if it succeeded."""
+    log_path = job.log_path(output)
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    start, at_start, shown = time.monotonic(), epochs_done(job), ""
+    live = sys.stdout.isatty()
+    with open(log_path, "w") as log:
+        process = subprocess.Popen([sys.executable, *job.command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None:
+                if live:
+                    shown = f"{label}  {progress(job, time.monotonic() - start, at_start)}"
+                    print(f"\r{shown:<{os.get_terminal_size().columns - 1}}", end="", flush=True)
+                time.sleep(0.2)
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+    state = "ok" if process.returncode == 0 else f"FAILED (exit status {process.returncode})"
+    line = f"{label}  {clock(time.monotonic() - start)}  {state}"
+    print(f"\r{line:<{len(shown)}}" if live else line, flush=True)
+    if process.returncode == 0:
+        marker(job, output).write_text(json.dumps(job.command))
+        return True
+    print(f"  $ python {shlex.join(job.command)}\n  last lines of {log_path}:")
+    for text in log_path.read_text(errors="replace").splitlines()[-LAST_LINES:]:
+        print(f"  | {text}")
+    return False
+
+
+def marker(job: Job, output: Path) -> Path:
+    """File that says that the job succeeded, and with which command."""
+    return job.log_path(output).with_suffix(".done")
+
+
+def is_done(job: Job, output: Path) -> bool:
+    try:
+        return json.loads(marker(job, output).read_text()) == list(job.command)
+    except (OSError, json.JSONDecodeError):
+        return False
+
+
+def print_results(jobs: list[Job]):
+    """A table of the accuracies that the training jobs reached."""
+    rows = [("paper", "run", "data", "top-1 (%)", "epochs run / in paper", "parameters", "multiply-adds")]
+    for job in jobs:
+        if job.metrics is None or not job.metrics.exists():
+            continue
+        lines = [json.loads(line) for line in job.metrics.read_text().splitlines()]
+        header, result = lines[0], lines[-1]
+        if result["type"] == "result":
+            rows.append((job.paper, job.title.removeprefix("train "), header["data"], f"{result['top1']:.2f}",
+                         f"{result['epochs']} / {result['epochs_in_paper']}", f"{header['params']:,}",
+                         f"{header['macs']:,}"))  # fmt: skip
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    print()
+    for row in rows if len(rows) > 1 else ():
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="run_all.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", action="append", choices=tuple(PAPERS), help="this paper only; may be given several times"
+    )
+    parser.add_argument("--full", action="store_true", help="the papers' own schedules on the real data")
+    parser.add_argument(
+        "--data-dir", default="./data", metavar="DIR", help="where data sets are (default: %(default)s)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--output-dir", default="runs", metavar="DIR", help="where runs go (default: %(default)s)")
+    parser.add_argument("--list", action="store_true", help="show the jobs and whether they are done, run nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
+    parser.add_argument("extra", nargs="*", metavar="-- FLAGS", help="more flags for the training commands")
+    return parser
+
+
+def main(argv=None) -> int:
+    args = build_parser().parse_args(argv)
+    os.chdir(ROOT)
+    output = Path(args.output_dir)
+    jobs = [job for paper in args.only or PAPERS for job in PAPERS[paper](args, output)]
+    if args.list or args.dry_run:
+        for job in jobs:
+            state = "done  " if is_done(job, output) else "to do "
+            print(f"{state} {job.paper}: {job.title}" if args.list else f"python {shlex.join(job.command)}")
+        return 0
+    failed = 0
+    for number, job in enumerate(jobs, 1):
+        label = f"[{number}/{len(jobs)}] {job.paper}: {job.title}"
+        if is_done(job, output):
+            print(f"{label}  done before")
+            continue
+        try:
+            failed += not run_job(job, label, output)
+        except KeyboardInterrupt:
+            print("\ninterrupted; the same command goes on from here")
+            return 130
+    print_results(jobs)
+    if failed:
+        print(f"\n{failed} of {len(jobs)} jobs failed; the same command tries them again")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

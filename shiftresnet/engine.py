@@ -1,0 +1,244 @@
+"""Training and testing: data, device, the two loops, and how they are shown. Used by main.py and eval.py."""
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from common.checkpoints import CheckpointError
+from common.data import DataError, TensorLoader, load_dataset, load_digits_set
+from shiftresnet.models import NUM_CLASSES
+from shiftresnet.runs import RunError
+
+# As in the original, for CIFAR-10 and CIFAR-100 alike.
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2023, 0.1994, 0.2010)
+TEST_BATCH_SIZE = 1000
+SECONDS_BETWEEN_LINES = 120.0
+
+
+@dataclass(frozen=True)
+class World:
+    """Place of this process among those that `torchrun` started."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def join_world(device_flag: str) -> tuple[World, torch.device]:
+    """The process group of `torchrun` (nccl or gloo), if there is one, and the device of this process.
+
+    Raises RunError if the device is not there.
+    """
+    world = World(
+        *(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    )
+    name = device_flag
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and world.size > 1:
+        name = f"cuda:{world.local_rank}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RunError(f"--device {device_flag}: not a device; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise RunError(f"--device {device_flag}: only cpu and cuda are supported")
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise RunError(
+                f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"
+            )
+        torch.cuda.set_device(device)
+    if world.size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return world, device
+
+
+def load_split(dataset: str, data_dir: str, split: str, embedded: bool, size: int | None = None):
+    """One split of CIFAR (or of the embedded digits, 32x32 RGB), its first `size` images if given."""
+    if embedded:
+        images = load_digits_set(split, channels=3, size=32)
+    else:
+        images = load_dataset(dataset, data_dir, split=split)
+    return images if size is None else images.subset(size)
+
+
+def test_loader(images, device, world=World(), channels_last=False) -> TensorLoader:
+    return TensorLoader(
+        images,
+        TEST_BATCH_SIZE,
+        train=False,
+        mean=MEAN,
+        std=STD,
+        device=device,
+        rank=world.rank,
+        world_size=world.size,
+        channels_last=channels_last,
+    )
+
+
+class Meter:
+    """Running loss and accuracy, summed on the device so that no step waits for it."""
+
+    def __init__(self, device):
+        # float32 sums of losses would drift over an epoch; MPS aside, every device has float64
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+
+    def add(self, loss_sum, logits, targets):
+        correct = (logits.argmax(1) == targets).sum()
+        seen = torch.full_like(correct, targets.numel())
+        self.sums += torch.stack([loss_sum.detach().double(), correct.double(), seen.double()])
+
+    def reduce(self):
+        if dist.is_initialized():
+            dist.all_reduce(self.sums)
+
+    def result(self) -> tuple[float, float, int, int]:
+        """Mean loss, accuracy in percent, correct, seen."""
+        loss_sum, correct, seen = self.sums.tolist()
+        seen = max(seen, 1.0)
+        return loss_sum / seen, 100.0 * correct / seen, int(correct), int(seen)
+
+    def text(self) -> str:
+        return "Loss: {:.3f} | Acc: {:.3f}% ({}/{})".format(*self.result())
+
+
+class Progress:
+    """Steps of one pass: a bar on a terminal, else a line now and then and one at the end."""
+
+    def __init__(self, label: str, total: int, meter: Meter, shown: bool = True):
+        self.label, self.total, self.meter, self.shown = label, total, meter, shown
+        self.step, self.start = 0, time.monotonic()
+        self.last_shown = self.start
+        self.bar = None
+        if shown and sys.stdout.isatty():
+            from tqdm import tqdm
+
+            layout = "{desc} [{bar}] {n_fmt}/{total_fmt} | Tot: {elapsed} | {postfix}"
+            self.bar = tqdm(
+                total=total, desc=f" {label:5}", bar_format=layout, ascii=".>=", file=sys.stdout, dynamic_ncols=True
+            )
+
+    def advance(self):
+        self.step += 1
+        if not self.shown:
+            return
+        now, last = time.monotonic(), self.step == self.total
+        if self.bar is not None:
+            if last or now - self.last_shown > 0.5:
+                self.last_shown = now
+                self.bar.set_postfix_str(self.meter.text(), refresh=False)
+            self.bar.update()
+        elif now - self.last_shown > SECONDS_BETWEEN_LINES and not last:
+            self.last_shown = now
+            print(
+                f" {self.label:5} {self.step}/{self.total} | Tot: {now - self.start:.0f}s | {self.meter.text()}",
+                flush=True,
+            )
+
+    def finish(self):
+        """Show the final numbers (of all ranks, if the meter was reduced)."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(self.meter.text(), refresh=True)
+            self.bar.close()
+        elif self.shown:
+            seconds = time.monotonic() - self.start
+            print(f" {self.label:5} {self.step}/{self.total} | Tot: {seconds:.1f}s | {self.meter.text()}", flush=True)
+
+
+def train_one_epoch(model, loader, optimizer, *, epoch, world, amp_dtype=None, scaler=None) -> tuple[float, float]:
+    """One pass over the training set. Returns mean loss and top-1 in percent over all ranks.
+
+    Each step's loss is the mean over the global batch, so that the number of ranks does not change the gradient.
+    Raises RunError once a step's loss is seen not to be finite (one step later on a GPU, which is not waited for).
+    """
+    model.train()
+    device = loader.device
+    meter = Meter(device)
+    progress = Progress("train", len(loader), meter, world.is_main)
+    unchecked = None
+    for step, ((images, targets), batch_size) in enumerate(zip(loader, loader.batch_sizes, strict=True)):
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+            logits = model(images)
+        loss_sum = F.cross_entropy(logits.float(), targets, reduction="sum")
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_sum * (world.size / batch_size)  # DDP averages gradients over ranks
+        if scaler is None:
+            loss.backward()
+            optimizer.step()
+        else:
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        meter.add(loss_sum, logits, targets)
+        if device.type == "cpu":
+            _require_finite(loss_sum, epoch, step)
+        elif unchecked is not None:
+            _require_finite(unchecked, epoch, step - 1)
+        unchecked = loss_sum.detach()
+        progress.advance()
+    _require_finite(unchecked, epoch, len(loader) - 1)
+    meter.reduce()
+    progress.finish()
+    return meter.result()[:2]
+
+
+def _require_finite(loss, epoch, step):
+    value = loss.item()
+    if value != value or value in (float("inf"), float("-inf")):
+        raise RunError(f"the loss is {value} at epoch {epoch}, batch {step}; try a smaller --lr")
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader, *, world=World()) -> tuple[float, float]:
+    """Mean loss and top-1 in percent over the whole test set, each image once, in float32 whatever --amp says."""
+    model.eval()
+    if world.size > 1:  # running statistics differ between ranks; rank 0's are the ones that are saved
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+    meter = Meter(loader.device)
+    progress = Progress("test", len(loader), meter, world.is_main)
+    for images, targets in loader:
+        logits = model(images)
+        meter.add(F.cross_entropy(logits, targets, reduction="sum"), logits, targets)
+        progress.advance()
+    meter.reduce()
+    progress.finish()
+    return meter.result()[:2]
+
+
+def require_classes(config, dataset: str):
+    """Raises RunError unless the network has as many outputs as the data set has classes."""
+    if config.num_classes != NUM_CLASSES[dataset]:
+        fitting = [name for name, count in NUM_CLASSES.items() if count == config.num_classes]
+        advice = f"use --dataset={fitting[0]}" if fitting else "no data set here has as many"
+        raise RunError(f"the network has {config.num_classes} classes, {dataset} has {NUM_CLASSES[dataset]}; {advice}")
+
+
+def run_script(main, argv=None) -> int:
+    """Run a script's `main`; a user's mistake becomes one line on stderr and exit status 1 (--debug: the traceback)."""
+    try:
+        main(argv)
+        return 0
+    except (RunError, CheckpointError, DataError) as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume goes on after the last finished epoch", file=sys.stderr)
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

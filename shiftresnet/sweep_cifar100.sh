@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Train every row of the README's CIFAR-100 table: as for CIFAR-10, and the depthwise ResNets.
+#   shiftresnet/sweep_cifar100.sh [extra flags for main.py, e.g. --recipe published --data-dir DIR]
+# Finished runs are skipped, an interrupted one goes on. DRY_RUN=1 prints the commands.
+set -euo pipefail
+exec bash "$(dirname "${BASH_SOURCE[0]}")/sweep.sh" cifar100 "$@"
