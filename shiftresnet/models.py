@@ -72,10 +72,6 @@ class Config:
         digits = self.arch[len(self.family) :]
         return int(digits) if digits else 0
 
-    def baseline(self) -> "Config":
-        """The plain ResNet of the same depth, which counts are compared with (10 classes, as in the original)."""
-        return Config(f"resnet{self.depth}")
-
     def suffix(self) -> str:
         """What the original adds to the architecture in a checkpoint's name; numbers always with their point."""
         text = ""

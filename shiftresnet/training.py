@@ -137,6 +137,10 @@ class Training:
         args, world = self.args, self.world
         train = engine.load_split(args.dataset, args.data_dir, "train", args.embedded_data, args.train_size)
         test = engine.load_split(args.dataset, args.data_dir, "test", args.embedded_data)
+        if args.batch_size < world.size or len(train) < world.size:
+            raise RunError(
+                f"{world.size} processes need at least {world.size} images in a batch and in the training set"
+            )
         loader = TensorLoader(
             train,
             args.batch_size,

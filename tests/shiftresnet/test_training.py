@@ -49,7 +49,7 @@ def test_printed_lines(finished):
     assert "==> Building model.." in lines
     assert [line for line in lines if line.startswith("Epoch")] == ["Epoch: 0", "Epoch: 1", "Epoch: 2"]
     assert lines[lines.index("Saving..") + 1] == f"* Saved checkpoint to {folder}/{NAME}.t7"
-    assert sum(line.startswith(" test ") and line.endswith("/360)") for line in lines) == 3
+    assert sum(line.startswith(" test ") and line.endswith("/355)") for line in lines) == 3
     assert "\r" not in output, "no bar when the output is a pipe"
 
 
@@ -140,7 +140,7 @@ def test_ddp_trains_and_tests_every_image_once(tmp_path):
     lines = result.stdout.splitlines()
     assert [line for line in lines if line.startswith("Epoch")] == ["Epoch: 0", "Epoch: 1"], "one rank prints"
     assert sum(line.startswith(" train") and line.endswith("/97)") for line in lines) == 2
-    assert sum(line.startswith(" test") and line.endswith("/360)") for line in lines) == 2
+    assert sum(line.startswith(" test") and line.endswith("/355)") for line in lines) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == [NAME, f"{NAME}.t7"]
     written = {path.name.split(".out.")[0] for path in (tmp_path / NAME).iterdir()}
     assert written == {"events", "last.pt", "last.previous.pt", "metrics.jsonl"}
@@ -150,10 +150,10 @@ def test_ddp_trains_and_tests_every_image_once(tmp_path):
 
 
 def test_a_small_set_is_learned(tmp_path):
-    state = train(tmp_path, "--epochs=30", "--train-size=64", "--lr=0.05")
-    assert state["acc"] > 40
+    state = train(tmp_path, "--epochs=5", "--train-size=512")
+    assert state["acc"] > 30
     losses = [line["train_loss"] for line in read_metrics(tmp_path / NAME / "metrics.jsonl") if line["type"] == "epoch"]
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.75 * losses[0]
 
 
 def test_optimizer_starts_anew_every_epoch(tmp_path, monkeypatch):
@@ -270,7 +270,8 @@ def test_full_disk_is_one_line_and_keeps_the_last_good_checkpoint(tmp_path):
 
     result = run_script("--epochs=2", "--resume", f"--output-dir={tmp_path}", preexec_fn=small_files)
     assert result.returncode == 1
-    assert result.stderr.count("\n") == 1 and "error: " in result.stderr and "cannot write" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: ") and "File too large" in result.stderr and "free space" in result.stderr
     assert (tmp_path / NAME / "last.pt").read_bytes() == before
     leftovers = {path.name.split(".out.")[0] for path in (tmp_path / NAME).iterdir()}
     assert leftovers == {"events", "last.pt", "metrics.jsonl"}, "no temporary file stays"
