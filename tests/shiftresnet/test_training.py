@@ -246,8 +246,8 @@ def test_evaluating_files_that_are_not_there_or_not_networks(tmp_path, capsys):
 
 
 def run_script(*flags, **options):
-    return subprocess.run([sys.executable, "shiftresnet/main.py", *TINY, *flags], cwd=ROOT, capture_output=True, text=True,
-                          **options)  # fmt: skip
+    command = [sys.executable, "shiftresnet/main.py", *TINY, *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
 
 
 def test_unwritable_output_directory_is_one_line_and_status_1(tmp_path):

@@ -1,0 +1,90 @@
+"""Recording of runs; the READMEs' tables are what the records say."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import report
+
+ROOT = Path(__file__).resolve().parents[1]
+PAPERS = [paper for paper in report.PAPERS if (ROOT / paper / "README.md").exists()]
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_readme_table_is_generated_from_the_records(paper):
+    assert (ROOT / paper / "README.md").read_text() == report.readme_with_table(paper)
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_records_agree_with_their_logs(paper):
+    for row in report.read_results(paper):
+        header, *epochs, result = [json.loads(line) for line in (ROOT / paper / row["log"]).read_text().splitlines()]
+        assert len(epochs) == int(row["epochs"]) and epochs[-1]["test_top1"] == result["top1"]
+        for name in ("top1", "best_top1"):
+            assert float(row[name]) == result[name]
+        assert (row["command"], int(row["params"])) == (header["command"], header["params"])
+        assert row["top1_paper"] == report.published_top1(paper, header["reproduces"])
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    (tmp_path / "shiftresnet").mkdir()
+    shutil.copy(ROOT / "shiftresnet" / "published.csv", tmp_path / "shiftresnet")
+    (tmp_path / "shiftresnet" / "README.md").write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    return tmp_path
+
+
+def write_run(folder, finished=True):
+    paths = "--data-dir /home/me/data --output-dir=/home/me/x"
+    header = {
+        "type": "run",
+        "paper": "shiftresnet",
+        "reproduces": "main.py --arch=shiftresnet20 --expansion=3 --dataset=cifar10",
+        "command": f"python shiftresnet/main.py --arch=shiftresnet20 --expansion=3 {paths}",
+        "data": "cifar10",
+        "args": {"dataset": "cifar10", "data_dir": "/home/me/data", "output_dir": "/home/me/x"},
+        "seed": 1,
+        "params": 95642,
+        "macs": 17,
+        "hardware": "CPU",
+        "versions": {"torch": "2"},
+        "commit": "abc",
+    }
+    epochs = [
+        {"type": "epoch", "epoch": n, "test_top1": 40.0 + n, "train_loss": 2.0 - n, "test_loss": 2.1 - n}
+        for n in (0, 1)
+    ]
+    result = {"type": "result", "top1": 41.0, "best_top1": 41.0, "best_epoch": 1, "epochs": 2, "epochs_in_paper": 160,
+              "seconds": 61.0, "checkpoint": "/home/me/x/shiftresnet20_3.0.t7"}  # fmt: skip
+    folder.mkdir()
+    lines = [header, *epochs, *([result] if finished else [])]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_recording_a_run_writes_csv_log_table_and_curves(repository, capsys):
+    run = write_run(repository / "shiftresnet20_3.0")
+    assert report.main(["--record", str(run)]) == 0
+    (row,) = csv.DictReader((repository / "shiftresnet" / "results.csv").open())
+    assert (row["top1"], row["top1_paper"], row["epochs"], row["epochs_in_paper"]) == ("41.0", "89.56", "2", "160")
+    files = [path for path in (repository / "shiftresnet").rglob("*") if path.is_file()]
+    everything = "".join(path.read_text() for path in files if path.suffix != ".png")
+    assert "/home/me" not in everything and "--data-dir DIR" in everything
+    table = (repository / "shiftresnet" / "README.md").read_text()
+    assert "| 89.56% | 41.00% | 41.00% (1) | **short:** 2 / 160 |" in table
+    assert table.startswith("before\n") and table.endswith("\nafter\n") and "old" not in table
+    assert (repository / "shiftresnet" / "plots" / "curves.png").stat().st_size > 10_000
+    assert report.main(["--record", str(run)]) == 1
+    assert "is recorded already" in capsys.readouterr().err
+
+
+def test_an_unfinished_or_missing_run_is_refused(repository, capsys):
+    run = write_run(repository / "shiftresnet20_3.0", finished=False)
+    assert report.main(["--record", str(run)]) == 1
+    assert "the run is not finished; go on with --resume" in capsys.readouterr().err
+    assert report.main(["--record", str(repository / "nothing")]) == 1
+    assert "does not exist" in capsys.readouterr().err
