@@ -125,7 +125,7 @@ class Progress:
         if shown and sys.stdout.isatty():
             from tqdm import tqdm
 
-            layout = "{desc} [{bar}] {n_fmt}/{total_fmt} | Tot: {elapsed} | {postfix}"
+            layout = "{desc} [{bar}] {n_fmt}/{total_fmt} | Tot: {elapsed}{postfix}"
             self.bar = tqdm(
                 total=total, desc=f" {label:5}", bar_format=layout, ascii=".>=", file=sys.stdout, dynamic_ncols=True
             )

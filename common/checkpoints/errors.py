@@ -9,6 +9,11 @@ class CheckpointError(Exception):
     """A checkpoint cannot be read or written. `str()` is one line: the file, what is wrong, what to do."""
 
 
+def failure(path, text):
+    """The CheckpointError that says `text` of the file `path`."""
+    return CheckpointError(f"{printable(path, 4096)}: {text}")
+
+
 class Damaged(Exception):
     """The bytes are not what the format asks for."""
 

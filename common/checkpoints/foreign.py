@@ -5,19 +5,21 @@ The three formats that torch.save has had: zip (PyTorch 1.6 on), five pickles in
 """
 
 import collections
+import re
 import struct
 
 import torch
 
 from common.checkpoints.archives import ZIP_START, looks_like_tar, tar_members, zip_members
-from common.checkpoints.errors import CheckpointError, Damaged, Refused, printable, read_file, reason
-from common.checkpoints.records import MAX_DEPTH, Record, RecordClass
+from common.checkpoints.errors import Damaged, Refused, failure, read_file, reason
+from common.checkpoints.records import Record, RecordClass
 from common.checkpoints.stand_ins import StandIns, StorageType
 from common.checkpoints.tensors import Storage, TensorBuilder
 from common.checkpoints.unpickler import PickleSource, RestrictedUnpickler
 
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 _PROTOCOL_VERSION = 1001
+_MAX_DEPTH = 256  # of containers and records; a whole pickled network nests about 20
 _LEAVES = (str, int, float, bool, type(None), bytes, torch.Tensor, torch.Size, torch.dtype, RecordClass)
 
 
@@ -27,10 +29,10 @@ def read_foreign(path, extra_records=()):
     path: file; read whole. extra_records: names of classes that may occur besides those of torch.nn and torch.optim,
     dotted ("models.resnet.ResNet") or as a prefix that ends in a dot ("models."). Objects of all these classes become
     inert `Record`s, classes as values `RecordClass`es.
-    Returns the tree of dict, OrderedDict, list, tuple, set, str, int, float, bool, None, bytes, torch.Size, torch.dtype,
-    Record, RecordClass and tensors. Tensors are on the CPU, bit for bit the file's, contiguous or dense, each with its
-    own storage; parameters are tensors, NumPy scalars numbers, NumPy arrays tensors, devices str, Counter and
-    defaultdict dict. The tree has no cycles and at most 256 levels.
+    Returns the tree of dict, OrderedDict, list, tuple, set, str, int, float, bool, None, bytes, torch.Size,
+    torch.dtype, Record, RecordClass and tensors. Tensors are on the CPU, bit for bit the file's, each with a storage of
+    its own; parameters are tensors, NumPy scalars numbers, NumPy arrays tensors, devices str, Counter and defaultdict
+    dict. The tree has no cycles and at most 256 levels.
     Raises CheckpointError, naming the file, for one that is damaged, of another kind, or holds or asks for anything
     else; time and memory are bounded by the file's size in every case. ValueError for a malformed extra_records.
     """
@@ -39,13 +41,10 @@ def read_foreign(path, extra_records=()):
     try:
         return read_bytes(read_file(path), extra_records)
     except Refused as error:
-        raise CheckpointError(
-            f"{printable(path, 4096)}: refused: {error}; nothing in the file was executed, do not load it in other ways"
-        ) from error
+        advice = "nothing in the file was executed, do not load it in other ways"
+        raise failure(path, f"refused: {error}; {advice}") from error
     except Exception as error:  # a malformed pickle can raise nearly anything
-        raise CheckpointError(
-            f"{printable(path, 4096)}: damaged or not a checkpoint: {reason(error)}; get the file again"
-        ) from error
+        raise failure(path, f"damaged or not a checkpoint: {reason(error)}; get the file again") from error
 
 
 def read_bytes(data, extra_records=()):
@@ -80,7 +79,7 @@ def _read_zip(data, builder, stand_ins):
         storage.data = members.get(f"data/{key}")
         return storage
 
-    return RestrictedUnpickler(PickleSource(members["data.pkl"]), stand_ins, persistent_load).load()
+    return RestrictedUnpickler(PickleSource(bytes(members["data.pkl"])), stand_ins, persistent_load).load()
 
 
 def _read_legacy(data, builder, stand_ins):
@@ -112,7 +111,7 @@ def _read_legacy(data, builder, stand_ins):
 
 
 def _read_tar(data, builder, stand_ins):
-    members = {name: PickleSource(content) for name, content in tar_members(data).items()}
+    members = {name: PickleSource(bytes(content)) for name, content in tar_members(data).items()}
     _check_system(_plain(members["sys_info"], stand_ins))
     storages = _tar_storages(members["storages"], builder, stand_ins)
     tensors = _tar_tensors(members["tensors"], builder, stand_ins, storages)
@@ -120,7 +119,7 @@ def _read_tar(data, builder, stand_ins):
     def persistent_load(pid):
         if type(pid) is tuple and len(pid) == 3:
             return _module_class(pid[0])
-        if type(pid) not in (str, int) or len(str(pid)) > 20:
+        if type(pid) is not str or not re.fullmatch("[0-9]{1,20}", pid) or int(pid) not in tensors:
             raise Refused("it holds a persistent id of unknown kind")
         return tensors[int(pid)]
 
@@ -156,7 +155,7 @@ def _tar_tensors(source, builder, stand_ins, storages):
         (offset,) = struct.unpack("<q", source.read(8))
         if type(key) is not int or key in tensors:
             raise Refused("it holds a tensor without a name of its own")
-        tensors[key] = builder.tensor(storages[storage_key], offset, size, stride)
+        tensors[key] = builder.tensor(storages.get(storage_key), offset, size, stride)
     return tensors
 
 
@@ -209,7 +208,7 @@ def _children(node):
 
 
 def _check_tree(root):
-    """Raise Refused for a cycle, more than MAX_DEPTH levels, or a value that should not be in the result."""
+    """Raise Refused for a cycle, more than _MAX_DEPTH levels, or a value that should not be in the result."""
     heights, on_path, stack = {}, set(), [(root, None)]
     while stack:
         node, children = stack.pop()
@@ -225,5 +224,5 @@ def _check_tree(root):
         else:  # all children are done
             on_path.discard(id(node))
             heights[id(node)] = 1 + max((heights.get(id(child), 0) for child in children), default=0)
-            if heights[id(node)] > MAX_DEPTH:
-                raise Refused(f"it nests more than {MAX_DEPTH} levels")
+            if heights[id(node)] > _MAX_DEPTH:
+                raise Refused(f"it nests more than {_MAX_DEPTH} levels")

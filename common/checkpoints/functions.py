@@ -105,6 +105,10 @@ def _set(stand_ins, elements=()):
     return {stand_ins.key(element) for element in _items(stand_ins, elements)}
 
 
+def _empty_bytes(stand_ins):
+    return b""
+
+
 def _encode(stand_ins, text, encoding):  # how Python 3 writes bytes in protocol 2
     if type(text) is not str or encoding != "latin1":
         raise Refused("it encodes text other than as bytes")
@@ -147,6 +151,8 @@ FUNCTIONS = {
     "collections.Counter": _counter,
     "builtins.set": _set,
     "__builtin__.set": _set,
+    "builtins.bytes": _empty_bytes,
+    "__builtin__.bytes": _empty_bytes,
     "_codecs.encode": _encode,
     "numpy.dtype": _numpy_type,
     "numpy.core.multiarray.scalar": _numpy_scalar,

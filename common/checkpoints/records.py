@@ -2,10 +2,9 @@
 
 import torch
 
-from common.checkpoints.errors import CheckpointError, printable
+from common.checkpoints.errors import failure, printable
 
-MAX_DEPTH = 256  # of nested modules or containers; the deepest of the five papers' networks nests 6
-_MAX_NAME = 512  # characters of a dotted name, so that deep nesting of long names cannot multiply
+_MAX_NAME = 512  # characters of a dotted name; also bounds how deep modules nest
 _WRAPPERS = frozenset(
     {
         "torch.nn.parallel.data_parallel.DataParallel",
@@ -46,12 +45,12 @@ def record_state_dict(record, path="checkpoint"):
     non-persistent buffers are left out, as `Module.state_dict` does. Tensors are clones; one that the file holds under
     several names is one clone under these names. path: the file, for the messages.
     Raises CheckpointError if the record is no module, or its tables hold anything but modules, tensors and None, the
-    same module twice (a cycle, or a chain that doubles), or more than 256 levels.
+    same module twice (a cycle, or a chain that doubles), or a name of more than 512 characters.
     """
     collected = _StateDict(path)
     if type(record) is Record and record.class_name in _WRAPPERS:
         record = collected.table(record, "_modules").get("module")
-    collected.add_module(record, prefix="", depth=0)
+    collected.add_module(record, prefix="")
     return collected.state
 
 
@@ -63,7 +62,7 @@ class _StateDict:
         self._clones = {}
 
     def fail(self, message):
-        raise CheckpointError(f"{printable(self.path, 4096)}: not a usable model: {message}; get the file again")
+        raise failure(self.path, f"not a usable model: {message}; get the file again")
 
     def table(self, record, name):
         table = record.attributes.get(name)
@@ -71,11 +70,11 @@ class _StateDict:
             self.fail(f"{printable(record.class_name)} has no {name}, so it is no module")
         return table
 
-    def add_module(self, record, prefix, depth):
+    def add_module(self, record, prefix):
         if type(record) is not Record:
             self.fail(f"{printable(prefix or 'the model', 80)} is a {type(record).__name__}, not a module")
-        if id(record) in self._met or depth > MAX_DEPTH:
-            self.fail(f"the module {printable(prefix or 'at the top', 80)} is there twice, in itself, or too deep")
+        if id(record) in self._met:  # a chain whose links hold the next one twice would take 2**length steps
+            self.fail(f"the module {printable(prefix, 80)} is there twice or in itself")
         self._met.add(id(record))
         hidden = record.attributes.get("_non_persistent_buffers_set", set())  # since PyTorch 1.6
         if type(hidden) is not set:
@@ -87,7 +86,7 @@ class _StateDict:
                 self.add_tensor(prefix, name, value)
         for name, value in self.table(record, "_modules").items():
             if value is not None:
-                self.add_module(value, f"{self.joined(prefix, name)}.", depth + 1)
+                self.add_module(value, f"{self.joined(prefix, name)}.")
 
     def add_tensor(self, prefix, name, value):
         if value is None:
@@ -102,6 +101,8 @@ class _StateDict:
         self.state[full] = self._clones[id(value)]
 
     def joined(self, prefix, name):
-        if type(name) is not str or not name or "." in name or len(prefix) + len(name) > _MAX_NAME:
+        if type(name) is not str or not name or "." in name:
             self.fail(f"a parameter or module is called {printable(name, 80)!r}, which PyTorch does not allow")
+        if len(prefix) + len(name) > _MAX_NAME:
+            self.fail(f"the dotted name of a parameter or module is longer than {_MAX_NAME} characters")
         return prefix + name

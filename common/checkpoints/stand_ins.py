@@ -99,9 +99,11 @@ class StandIns:
 
     def call(self, target, args):
         """Result of the opcodes REDUCE and NEWOBJ."""
-        if type(target) is Function and type(args) is tuple:
+        if type(args) is not tuple:
+            raise Refused("it calls something with arguments that are no tuple")
+        if type(target) is Function:
             return target(*args)
-        if type(target) is RecordClass and args == ():
+        if type(target) is RecordClass and not args:
             return Record(target.class_name)
         what = target.class_name if type(target) is RecordClass else f"a {type(target).__name__}"
         raise Refused(f"it calls {printable(what)}")

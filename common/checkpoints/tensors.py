@@ -57,7 +57,7 @@ class TensorBuilder:
             raise Refused(f"it would take more than {_EXPANSION} times its own size in memory")
 
     def storage(self, key, dtype, count):
-        """The Storage called `key`, the same one each time. Raises Refused if the file cannot hold all it names."""
+        """The Storage called `key`, the same one each time. Raises Damaged if the file cannot hold all it names."""
         if type(count) is not int or count < 0:
             raise Refused("it holds a storage whose size is not a number of elements")
         known = self.storages.get(key)
@@ -65,7 +65,7 @@ class TensorBuilder:
             known = self.storages[key] = Storage(dtype, count)
             self._named_bytes += known.nbytes
             if self._named_bytes > self._file_size:
-                raise Refused("its tensors claim more bytes than the file has")
+                raise Damaged("its tensors claim more bytes than the file has, it may be truncated")
         elif (known.dtype, known.count) != (dtype, count):
             raise Refused(f"its storage {printable(key, 40)} is there with two types or sizes")
         return known
@@ -85,7 +85,7 @@ class TensorBuilder:
             raise Refused("it holds a tensor that reaches outside its storage")
         self.charge(max(numel, extent) * dtype.itemsize)
         result = torch.empty(0, dtype=dtype, device="cpu")
-        self._pending.append((result, storage, offset, extent, tuple(size), tuple(stride)))
+        self._pending.append((result, storage, offset, extent, size, stride))
         return result
 
     def fill(self):
@@ -98,7 +98,6 @@ class TensorBuilder:
                 raise Damaged("a storage has another size than its tensors say")
             itemsize = result.dtype.itemsize
             raw = bytearray(storage.data[offset * itemsize : (offset + extent) * itemsize])
-            stride = [step if n > 1 else 1 for n, step in zip(size, stride, strict=True)]
             result.set_(_from_bytes(raw, result.dtype).as_strided(size, stride).clone())
         self._pending.clear()
 
@@ -110,7 +109,7 @@ def fill_from_array(result, dtype, shape, fortran_order, raw):
     values = _from_bytes(bytearray(raw), dtype) if raw else torch.empty(0, dtype=dtype, device="cpu")
     if fortran_order:
         values = values.reshape(shape[::-1]).permute(*reversed(range(len(shape)))).contiguous()
-    result.set_(values.reshape(shape).clone())
+    result.data = values.reshape(shape).clone()  # unlike set_, this changes the dtype too
 
 
 def _from_bytes(raw, dtype):

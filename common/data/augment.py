@@ -60,8 +60,10 @@ def _check_arguments(images, indices, draws, mean, std, pixel_mean):
     channels = images.shape[1]
     if images.dtype != torch.uint8 or not images[:1].numel():
         raise ValueError(f"images must be uint8 (N, C, H, W) and not empty: {images.dtype} {tuple(images.shape)}")
-    if any(draw is not None and draw.shape != indices.shape for draw in draws) or (draws[0] is None) != (draws[1] is None):
-        raise ValueError("top and left go together; they and flip need one value for each index")
+    if any(draw is not None and draw.shape != indices.shape for draw in draws):
+        raise ValueError("top, left and flip need one value for each index")
+    if (draws[0] is None) != (draws[1] is None):
+        raise ValueError("give both top and left, or neither")
     if (mean is None) != (std is None) or (mean is not None and pixel_mean is not None):
         raise ValueError("give mean and std, or pixel_mean, or none of them")
     if mean is not None and not (len(mean) == len(std) == channels and all(std)):

@@ -11,6 +11,7 @@ import os
 import pickle
 import shutil
 import socket
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,8 +128,9 @@ def _provide(name, split, root, files, download):
             _move_new(stage, root)
         # OSError: the network (URLError), the disk; RuntimeError: torchvision's checks; the rest: a broken answer.
         except (OSError, RuntimeError, EOFError, ValueError, http.client.HTTPException) as error:
+            reason = textwrap.shorten(str(error) or type(error).__name__, 160)
             raise DataError(
-                f"cannot download {name} into {root} ({str(error) or type(error).__name__}); "
+                f"cannot download {name} into {root} ({reason}); "
                 "say with --data-dir where the data set is, or use --embedded-data, which needs no download"
             ) from None
         finally:

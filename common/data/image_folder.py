@@ -94,7 +94,7 @@ class _StepKeys:
 
 
 class FolderImages(Dataset):
-    """Decoded images by key (seed, epoch, index): (uint8 (3, size, size), target), or the DataError that names the file.
+    """Decoded images by key (seed, epoch, index): (uint8 (3, size, size), target), or the DataError with the path.
 
     The error is returned, not raised: from another process PyTorch would bring it as a traceback in a message.
     """

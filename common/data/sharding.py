@@ -39,7 +39,8 @@ def shard(start: int, stop: int, rank: int, world_size: int) -> tuple[int, int]:
 class ShardedLoader:
     """The part of a loader that knows no images: steps, this process's share of each, and the epoch.
 
-    num_images: per epoch, over all processes. batch_sizes: of each step, over all processes (a step's weight in a mean).
+    num_images: per epoch, over all processes. batch_sizes: of each step, over all processes:
+    the weight of a step in a mean over the epoch.
     """
 
     def __init__(self, num_images: int, batch_size: int, *, seed: int, rank: int, world_size: int):

@@ -64,7 +64,7 @@ class TensorLoader(ShardedLoader):
             yield images, self.targets.index_select(0, indices)
 
     def _draw(self):
-        """Order, top, left and flip of the whole epoch, from one generator on the CPU: the same for all devices, ranks."""
+        """Order, top, left and flip of the epoch, drawn at once on the CPU: the same for every device and rank."""
         if not self.train:
             return torch.arange(self.num_images), None, None, None
         generator = seeded_generator(self.seed, self.epoch)
