@@ -1,6 +1,6 @@
-"""Convert a checkpoint of the original (.t7, any year) into this repository's form.
+"""Convert a checkpoint of the original (.t7, any year) into a safe one.
 
-    python shiftresnet/convert.py old/shiftresnet20_3.0.t7 checkpoint/shiftresnet20_3.0.t7
+    python shiftresnet/convert.py old/shiftresnet20_3.0.t7 shiftresnet20_3.0.t7
 
 The new file holds {net: state dict, config, acc, epoch} and loads with
 torch.load(..., weights_only=True). The old file is read without executing

@@ -1,4 +1,4 @@
-"""Count parameters and FLOPs of a network against the plain ResNet of the same depth.
+"""Count parameters and FLOPs of a network and of the plain ResNet of its depth.
 
     python shiftresnet/count.py --arch=shiftresnet20 --expansion=3
 
@@ -8,8 +8,8 @@ prints
     FLOPs: (new) 17760896 (original) 42140288 (reduction) 2.37
 
 A FLOP is one multiply-add. Only convolutions and the linear layer are counted;
-batch norm, ReLU, additions, pooling, biases and the shift are free. Both networks
-have 10 classes unless --num-classes says otherwise. Runs in a second anywhere.
+batch norm, ReLU, additions, pooling, biases and the shift are free. Both
+networks have 10 classes unless --num-classes says otherwise.
 
 Rules (--flops-rule):
   final   the original's last version, with its two errors: the stem is counted

@@ -1,10 +1,11 @@
-"""Test saved networks: this repository's checkpoints and the original's .t7 files of any year.
+"""Test saved networks: checkpoints of main.py and the original's .t7 files.
 
     python shiftresnet/eval.py --model='checkpoint/*_cifar100.t7' --dataset=cifar100
 
 Prints for each file `Reading from model <path>` and a line that ends in
-`Loss: 0.424 | Acc: 89.560% (8956/10000)`. Nothing in a file is executed. A checkpoint
-of main.py gives exactly the accuracy that training printed on the same device.
+`Loss: 0.424 | Acc: 89.560% (8956/10000)`. Nothing in a file is executed. A
+checkpoint of main.py gives the accuracy that training printed, to the last
+digit, on the same device.
 """
 
 import argparse

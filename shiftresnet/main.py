@@ -1,10 +1,11 @@
-"""Train ShiftResNet and its baselines on CIFAR (Wu et al., CVPR 2018, arXiv 1711.08141).
+"""Train ShiftResNet and its baselines on CIFAR (Wu et al., CVPR 2018).
 
-    python shiftresnet/main.py --arch=shiftresnet20 --expansion=3 --dataset=cifar10
+    python shiftresnet/main.py --arch=shiftresnet20 --expansion=3
 
-Published: 89.56% top-1 after 160 epochs. The network with the best test accuracy
-is kept in checkpoint/<arch><options>.t7, everything else of the run (metrics.jsonl,
-TensorBoard events, last.pt for --resume) in checkpoint/<arch><options>/.
+Published (arXiv 1711.08141): 89.56% top-1 on CIFAR-10 after 160 epochs. The
+network with the best test accuracy is kept in checkpoint/<arch><options>.t7, the
+rest of the run (metrics.jsonl, TensorBoard events, last.pt for --resume) in
+checkpoint/<arch><options>/.
 
 Without a download:  add --embedded-data
 Several processes:   torchrun --nproc_per_node=2 shiftresnet/main.py ...
