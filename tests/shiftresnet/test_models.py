@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 
 from shiftresnet import modules
 from shiftresnet.count import count_flops, count_parameters, layer_macs, main
-from shiftresnet.models import ARCHITECTURES, Config, build_model
+from shiftresnet.models import ARCHITECTURES, REDUCTION_MODES, Config, build_model
 
+README = Path(modules.__file__).with_name("README.md")
 COUNTS = Path(__file__).parents[1] / "golden" / "shiftresnet_counts.csv"
 ROWS = list(csv.DictReader(COUNTS.open(newline="")))
 
@@ -101,6 +103,15 @@ def test_historical_networks_train(mode):
     assert logits.shape == (4, 10)
     logits.square().mean().backward()
     assert all(parameter.grad.abs().sum() > 0 for name, parameter in model.named_parameters() if "conv" in name)
+
+
+def test_count_prints_what_the_readme_says_of_every_mode(capsys):
+    table = re.findall(r"^  \| `(\w+)` \| (\d+) \| (\d+) \|$", README.read_text(), re.MULTILINE)
+    assert {mode for mode, _, _ in table} == set(REDUCTION_MODES)
+    for mode, parameters, flops in table:
+        main(["--arch=resnet20", "--reduction=2", f"--reduction-mode={mode}"])
+        output = capsys.readouterr().out
+        assert f"Parameters: (new) {parameters} " in output and f"FLOPs: (new) {flops} " in output
 
 
 def test_true_flops_count_every_layer_where_it_runs():
