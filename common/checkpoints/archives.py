@@ -13,6 +13,7 @@ from common.checkpoints.errors import Damaged, Refused, printable, reason
 
 ZIP_START = b"PK\x03\x04"
 TAR_MEMBERS = frozenset({"sys_info", "pickle", "storages", "tensors"})
+_FOLDER = 0x10  # in a member's attributes; torch.load then returns uninitialised memory for it, without an error
 _TAR_BLOCK = 512
 
 
@@ -51,8 +52,8 @@ def _stored_bytes(view, info):
     label = printable(info.orig_filename)
     if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
         raise Refused(f"its member {label} is compressed, which torch never does")
-    if info.flag_bits & 1:
-        raise Refused(f"its member {label} is encrypted")
+    if info.flag_bits & 1 or info.external_attr & _FOLDER:
+        raise Refused(f"its member {label} is marked as encrypted or as a folder")
     start = info.header_offset
     header = bytes(view[start : start + 30]) if start >= 0 else b""
     if len(header) < 30 or not header.startswith(ZIP_START):

@@ -1,7 +1,7 @@
 """Checkpoints of third parties, read without executing anything in them.
 
-The three formats that torch.save has had: zip (PyTorch 1.6 on), five pickles in a row followed by raw data (0.1.10 to
-1.5, Python 2 and 3), and tar (before that). The file is read into memory once; what it may build is in `stand_ins.py`.
+The three formats that torch.save has had: zip (since PyTorch 1.6), five pickles in a row followed by raw data (before,
+Python 2 and 3), and tar (0.1). The file is read into memory once; what it may build is in `stand_ins.py`.
 """
 
 import collections
@@ -172,7 +172,7 @@ def _check_system(info):
 
 
 def _module_class(kind):
-    """The class of a 'module' persistent id; PyTorch before 1.5 stored the source text beside it."""
+    """The class of a 'module' persistent id; the file name and source text beside it are not looked at."""
     if type(kind) is not RecordClass:
         raise Refused("it passes something as a module's class that is none")
     return kind

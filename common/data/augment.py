@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from common.data.threads import run_chunks
 
 _log = logging.getLogger(__name__)
-PIXELS_PER_CHUNK = 1 << 16  # below this a second thread costs more than it saves
+PIXELS_PER_CHUNK = 1 << 20  # about a millisecond: a second thread, which PyTorch may keep busy, costs more for less
 
 
 def augment_batch(
@@ -185,11 +185,14 @@ def _crop_flip_lookup(images, indices, top, left, flip, pad, table, batch, start
 
 @functools.cache
 def _numba_kernel():
-    """The compiled pass, or None, said once, where numba is not installed."""
+    """The compiled pass, or None, said once, where numba is not installed or switched off."""
     try:
         import numba
+
+        if numba.config.DISABLE_JIT:
+            raise ImportError("NUMBA_DISABLE_JIT is set")
     except ImportError as error:
-        _log.warning("numba cannot be imported (%s): augmentation uses PyTorch, about half as fast", error)
+        _log.warning("without numba (%s) augmentation uses PyTorch, about three times slower", error)
         return None
     try:
         return numba.njit(cache=True, nogil=True)(_crop_flip_lookup)

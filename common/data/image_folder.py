@@ -2,6 +2,7 @@
 
 import os
 import textwrap
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -50,7 +51,8 @@ class ImageFolderLoader(ShardedLoader):
         self._pixels = {"mean": tuple(mean), "std": tuple(std), "dtype": dtype, "channels_last": channels_last}
         self._loader = DataLoader(
             FolderImages(samples, train, size),
-            batch_sampler=_StepKeys(self),
+            # Weak: in a cycle of references PyTorch cannot stop its processes and waits five seconds for each.
+            batch_sampler=_StepKeys(weakref.proxy(self)),
             num_workers=workers,
             collate_fn=_stack_or_error,
             pin_memory=self.device.type == "cuda",

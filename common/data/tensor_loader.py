@@ -15,7 +15,8 @@ class TensorLoader(ShardedLoader):
 
     train: shuffled and augmented, else in order and as they are. Every image comes once per epoch, none is dropped.
     batch_size: images per step over all processes; `rank` of `world_size` gets a contiguous part of each batch, so that
-    steps and pixels are the same for every world_size. mean, std, pixel_mean, pad, channels_last: see augment_batch.
+    steps and pixels are the same for every world_size. mean, std, pixel_mean, pad, channels_last, backend: see
+    augment_batch.
     crop_offsets: how many offsets per axis can be drawn, from 0; default all, 2 * pad + 1. flip: with probability 1/2.
     Order and augmentation of an epoch depend on (seed, epoch) only. Call set_epoch before each epoch.
     Raises ValueError if an argument is out of range or a process would be left without images.
@@ -39,6 +40,7 @@ class TensorLoader(ShardedLoader):
         world_size: int = 1,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
+        backend: str | None = None,
     ):
         super().__init__(len(image_set), batch_size, seed=seed, rank=rank, world_size=world_size)
         self.crop_offsets = 2 * pad + 1 if crop_offsets is None else crop_offsets
@@ -53,6 +55,7 @@ class TensorLoader(ShardedLoader):
             "pixel_mean": None if pixel_mean is None else pixel_mean.to(self.device, torch.float32),
             "dtype": dtype,
             "channels_last": channels_last,
+            "backend": backend,
         }
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -113,6 +113,7 @@ def changed(content, position, layout, *values):
         (20, "<II", (2**31, 2**31), "more bytes than the file"),
         (20, "<II", (600, 600), "fails its checksum"),
         (20, "<I", (8,), "compressed"),
+        (38, "<I", (0x10,), "as a folder"),
         (42, "<I", (2**31,), "no header"),
         (42, "<I", (1,), "no header"),
         (46, "<7s", (b"Archive",), "second top folder"),

@@ -115,6 +115,19 @@ BOMBS = {
         repeated(name("collections OrderedDict"), tuple_of(big_list(50_000)), 1000),
         "in memory",
     ),
+    "attributes again and again": (
+        zip_with(
+            DICT
+            + b"("
+            + b"".join(text(str(i)) + NONE for i in range(50_000))
+            + b"u"
+            + put(1)
+            + POP
+            + LIST
+            + (new(CONV) + get(1) + BUILD + APPEND) * 1000
+        ),
+        "in memory",
+    ),
     "views again and again": (many_views(2**18, 1, 300), "in memory"),
     "sparse views again and again": (many_views(2, 2**18 - 1, 300), "in memory"),
     "colliding keys": (

@@ -293,6 +293,7 @@ def tables(**changes):
         (deep_module(5000), "longer than"),
         (deep_module(5000, "ab" * 50), "longer than"),
         (Record("torch.nn.parallel.data_parallel.DataParallel", {"_modules": {"module": deep_module(9)}}), None),
+        (Record("torch.nn.parallel.distributed.DistributedDataParallel", {"_modules": {"module": tables()}}), None),
         (deep_module(255), None),
         ({"_parameters": {}}, "is a dict"),
         (None, "NoneType"),

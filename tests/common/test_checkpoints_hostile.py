@@ -175,6 +175,12 @@ CONFUSED = {
     "APPEND on a dict": (DICT + NONE + APPEND, "no list"),
     "APPENDS on a record": (new(CONV) + b"(" + NONE + b"e", "no list"),
     "ADDITEMS on a list": (LIST + b"(" + NONE + b"\x90", "no set"),
+    "INST of a known class": (b"(itorch.nn.modules.conv\nConv2d\n", "opcode INST"),
+    "OBJ of a known class": (b"(" + name(CONV) + b"o", "opcode OBJ"),
+    "NEWOBJ_EX of a known class": (name(CONV) + NO_ARGS + DICT + b"\x92", "opcode NEWOBJ_EX"),
+    "EXT1": (pickle.EXT1 + bytes([EXTENSION]), "opcode EXT1"),
+    "EXT2": (pickle.EXT2 + struct.pack("<H", EXTENSION), "opcode EXT2"),
+    "EXT4": (pickle.EXT4 + struct.pack("<i", EXTENSION), "opcode EXT4"),
     "BYTEARRAY8": (b"\x96" + struct.pack("<Q", 2**40), "opcode BYTEARRAY8"),
     "NEXT_BUFFER": (b"\x97", "opcode NEXT_BUFFER"),
     "text persistent id": (b"P0\n", "opcode PERSID"),
@@ -440,3 +446,69 @@ def test_the_first_pickles_are_those_of_torch(tmp_path, place, value, message):
     parts = one_tensor_parts()
     parts[place] = plain_pickle(value)
     refuse(tmp_path, b"".join(parts), message)
+
+
+def tar_storage(key=None, kind="torch FloatStorage", count=4, content=4):
+    entry = whole(tuple_of(number(1) if key is None else key, text("cpu"), name(kind)))
+    return entry + struct.pack(f"<q{content}f", count, *range(content))
+
+
+def tar_tensor(key=9, storage=1, dims=1, numbers=(4, 1, 0)):
+    entry = whole(tuple_of(number(key), number(storage), name("torch.cuda FloatTensor")))
+    return entry + struct.pack(f"<ii{len(numbers)}q", dims, 0, *numbers)
+
+
+def tar_file(storages=None, tensors=None, views=(), counts=None, key="9"):
+    """A tar checkpoint that is one tensor of four floats, unless a part of it is replaced."""
+    storages, tensors = storages or [tar_storage()], tensors or [tar_tensor()]
+    counts = counts or (len(storages), len(tensors))
+    parts = {
+        "sys_info": plain_pickle({"little_endian": True}),
+        "storages": plain_pickle(counts[0]) + b"".join(storages) + plain_pickle(list(views)),
+        "tensors": plain_pickle(counts[1]) + b"".join(tensors),
+        "pickle": whole(text(key) + PERSISTENT),
+    }
+    return pack_tar(parts)
+
+
+def test_views_of_storages_in_a_tar(tmp_path):
+    path = tmp_path / "views.tar"
+    path.write_bytes(tar_file(views=[(2, 1, 1, 3)], tensors=[tar_tensor(storage=2, numbers=(2, 1, 1))]))
+    assert read_foreign(path).tolist() == [2, 3]
+    path.write_bytes(tar_file())
+    assert read_foreign(path).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"storages": [tar_storage(count=2**40)]}, "more bytes than the file"),
+        ({"storages": [tar_storage(count=-1)]}, "not a number"),
+        ({"storages": [tar_storage(count=400)]}, "truncated"),
+        ({"storages": [tar_storage(count=3)]}, "opcode 0x00"),  # of what is left of the data
+        ({"storages": [tar_storage(), tar_storage()]}, "unknown kind"),
+        ({"storages": [tar_storage(key=text("1"))]}, "unknown kind"),
+        ({"storages": [tar_storage(kind=CONV)]}, "unknown kind"),
+        ({"counts": (2**40, 1)}, "damaged"),
+        ({"counts": (1, 2**40)}, "truncated"),
+        ({"counts": ("1", 1)}, "damaged"),
+        ({"views": [(2, 1, 2, 3)]}, "outside its storage"),
+        ({"views": [(2, 1, -1, 2)]}, "outside its storage"),
+        ({"views": [(2, 1, 3, -1)]}, "outside its storage"),
+        ({"views": [(1, 1, 0, 2)]}, "outside its storage"),
+        ({"views": [(2, 7, 0, 2)]}, "damaged"),
+        ({"views": [(2, 1, 0.0, 2)]}, "damaged"),
+        ({"views": [2]}, "damaged"),
+        ({"tensors": [tar_tensor(storage=7)]}, "no storage"),
+        ({"tensors": [tar_tensor(numbers=(5, 1, 0))]}, "outside its storage"),
+        ({"tensors": [tar_tensor(numbers=(4, 1, -1))]}, "not numbers"),
+        ({"tensors": [tar_tensor(dims=-1)]}, "damaged"),
+        ({"tensors": [tar_tensor(dims=2**31 - 1)]}, "truncated"),
+        ({"tensors": [tar_tensor(), tar_tensor()]}, "name of its own"),
+        ({"key": "8"}, "unknown kind"),
+        ({"key": "-9"}, "unknown kind"),
+        ({"key": "9" * 5000}, "unknown kind"),
+    ],
+)
+def test_the_tables_of_a_tar_are_checked(tmp_path, changes, message):
+    refuse(tmp_path, tar_file(**changes), message)

@@ -20,9 +20,25 @@ BACKENDS = ["torch", "numba"]
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    if request.param == "numba":
-        pytest.importorskip("numba")
+    if request.param == "numba" and augment._numba_kernel() is None:
+        pytest.skip("numba is not installed or switched off")
     return request.param
+
+
+@pytest.fixture
+def numba():
+    if augment._numba_kernel() is None:
+        pytest.skip("numba is not installed or switched off")
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Several threads take part also in a small batch."""
+    monkeypatch.setattr(augment, "PIXELS_PER_CHUNK", 1 << 12)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
 
 
 def draws(count, pad, seed=0, num_images=None):
@@ -82,8 +98,7 @@ def test_every_byte_of_every_constant_equals_torchvision(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(("shape", "pad"), [((3, 9, 14), 4), ((1, 7, 5), 0), ((2, 3, 4), 6)])  # 6: wider than the image
-def test_backends_agree_bit_for_bit(dtype, channels_last, shape, pad):
-    pytest.importorskip("numba")
+def test_backends_agree_bit_for_bit(numba, dtype, channels_last, shape, pad):
     images = torch.randint(256, (50, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
     mean, std = (0.1, 0.2, 0.3)[: shape[0]], (0.3, 0.2, 0.1)[: shape[0]]
     pixel_mean = torch.rand(shape, generator=torch.Generator().manual_seed(4)) * 255
@@ -108,9 +123,8 @@ def test_pixel_mean_is_subtracted_after_the_crop(backend):
     assert torch.equal(batch[0, 0], expected - pixel_mean[0])
 
 
-def test_large_batches_are_split_over_threads_and_empty_ones_work(backend):
+def test_large_batches_are_split_over_threads_and_empty_ones_work(backend, small_chunks):
     images = torch.randint(256, (300, 3, 32, 32), dtype=torch.uint8)
-    assert images.numel() > 4 * augment.PIXELS_PER_CHUNK
     draw = draws(300, 4)
     whole = augment_batch(images, *draw, pad=4, mean=MEAN, std=STD, backend=backend)
     single = [
@@ -121,7 +135,7 @@ def test_large_batches_are_split_over_threads_and_empty_ones_work(backend):
     assert augment_batch(images, torch.empty(0, dtype=torch.int64), backend=backend).shape == (0, 3, 32, 32)
 
 
-def test_several_threads_at_once(backend):
+def test_several_threads_at_once(backend, small_chunks):
     images = torch.randint(256, (500, 3, 32, 32), dtype=torch.uint8)
     draw = draws(500, 4)
     expected = augment_batch(images, *draw, pad=4, backend=backend)
@@ -139,8 +153,7 @@ def test_several_threads_at_once(backend):
     assert equal == [True] * 4
 
 
-def test_after_a_fork():
-    pytest.importorskip("numba")
+def test_after_a_fork(numba, small_chunks):
     images = torch.randint(256, (500, 3, 32, 32), dtype=torch.uint8)
     draw = draws(500, 4)
     expected = augment_batch(images, *draw, pad=4)  # starts the threads that the child will not have
@@ -182,6 +195,7 @@ def test_without_numba_pytorch_takes_over_and_says_so_once(monkeypatch, caplog):
     expected = augment_batch(images, *draw, pad=4)
     monkeypatch.setitem(sys.modules, "numba", None)
     augment._numba_kernel.cache_clear()
+    caplog.clear()
     try:
         with caplog.at_level(logging.WARNING):
             for _ in range(3):

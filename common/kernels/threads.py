@@ -1,0 +1,92 @@
+"""Run a compiled CPU kernel on as many threads as torch uses, without touching torch's setting.
+
+numba's parallel layers are avoided on purpose: `workqueue` aborts the process when two Python threads call at once
+(autograd, DDP hooks, DataParallel), the OpenMP layer hangs in a process forked after its first use (loader workers), and
+TBB is rarely installed. Instead the kernel runs in the OpenMP team that torch itself uses: a second pool would compete
+with torch's threads, which spin for milliseconds after each operation (measured: half the speed). A forked process, whose
+copy of that team is dead, and a torch without GNU OpenMP use Python threads; the kernels hold no lock of the interpreter.
+"""
+
+import ctypes
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+MIN_PARALLEL_BYTES = 512 * 1024  # below this, waking the other threads takes longer than the work
+GRAIN_BYTES = 128 * 1024
+_KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)  # such a call releases the interpreter's lock
+_forked = False
+
+
+@functools.cache
+def _openmp_parallel():
+    """GOMP_parallel(function, argument, threads, flags) of the OpenMP library that torch has loaded, or None."""
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        parallel = library.GOMP_parallel  # found in the library's dependencies
+    except (OSError, AttributeError):
+        return None
+    parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return parallel
+
+
+@functools.cache
+def _pool():
+    return ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="effnets-kernel")
+
+
+def _after_fork():
+    global _forked
+    _forked = True
+    _pool.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def thread_count(items, item_bytes):
+    """1, or torch.get_num_threads() where `items` pieces of `item_bytes` bytes are enough work to share.
+
+    Nothing in between: a smaller OpenMP team would end the threads that torch's next operation needs.
+    """
+    return torch.get_num_threads() if items > 1 and items * item_bytes >= MIN_PARALLEL_BYTES else 1
+
+
+def run(address, arguments, items, item_bytes, scratch_bytes=0):
+    """Call the C function void(int64 *) at `address` on every thread; return when all items are done.
+
+    It gets: address of two counters, scratch, scratch_bytes, grain, items, then `arguments` (integers). It takes `grain`
+    items at a time by adding atomically to the first counter until `items` is reached, so that a slow thread leaves its
+    share to the others; its own `scratch_bytes` zeroed bytes are at scratch + scratch_bytes * (second counter)++.
+    """
+    threads = thread_count(items, item_bytes)
+    grain = items if threads == 1 else max(1, GRAIN_BYTES // item_bytes)
+    counters = (ctypes.c_int64 * 2)()
+    scratch = np.zeros(threads * scratch_bytes, np.uint8)
+    values = (ctypes.addressof(counters), scratch.ctypes.data, scratch_bytes, grain, items, *arguments)
+    block = (ctypes.c_int64 * len(values))(*values)
+    if threads == 1:
+        _KERNEL(address)(ctypes.addressof(block))
+    elif _openmp_parallel() and not _forked:
+        _openmp_parallel()(address, ctypes.addressof(block), threads, 0)
+    else:
+        _run_in_pool(_KERNEL(address), ctypes.addressof(block), threads)
+
+
+def _run_in_pool(kernel, block, threads):
+    helpers = []
+    try:
+        for _ in range(threads - 1):
+            helpers.append(_pool().submit(kernel, block))
+    except RuntimeError:
+        pass  # the interpreter is shutting down and starts no threads: this one does all the work
+    kernel(block)
+    # A helper that has not started by now has nothing left to do: take it back instead of waiting for it.
+    for helper in helpers:
+        if not helper.cancel():
+            helper.result()
