@@ -10,9 +10,7 @@ Expected: at least 100,000 images/s on 2 cores, and at least 10 times DataLoader
 
 import argparse
 import csv
-import datetime
 import os
-import platform
 import statistics
 import sys
 import time
@@ -23,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks import timing
 from common.data import DataError, ImageSet, TensorLoader, load_dataset
 
 BATCH_SIZE, PAD = 128, 4
@@ -113,33 +112,20 @@ def measure(loaders, rounds):
     return {name: values[1:] for name, values in speeds.items()}
 
 
-def processor():
-    """The processor's name, from the kernel where it says it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+def hardware():
+    """The processor with its cores and threads, and the GPU if there is one."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{timing.hardware(torch.device('cpu'))}, {os.cpu_count()} cores{gpu}"
 
 
 def versions():
     import torchvision
 
-    found = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
-    if numba := sys.modules.get("numba"):
-        found["numba"] = numba.__version__
-    return " ".join(f"{name} {version}" for name, version in found.items())
+    return f"{timing.versions()}, torchvision {torchvision.__version__}"
 
 
 def write_csv(path, speeds, baseline, source):
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    fixed = {
-        "batch_size": BATCH_SIZE,
-        "data": source,
-        "hardware": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{gpu}",
-        "versions": versions(),
-        "date": datetime.date.today().isoformat(),
-    }
+    fixed = {"batch_size": BATCH_SIZE, "data": source, "hardware": hardware(), "versions": versions()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         writer = None
@@ -159,8 +145,7 @@ def main(argv=None):
     speeds = measure(build_loaders(image_set, args.workers), args.rounds)
     reference = f"DataLoader({args.workers} workers)"
     baseline = statistics.median(speeds[reference])
-    print(f"{source}, {len(image_set):,} images, batch {BATCH_SIZE}; {processor()}, {os.cpu_count()} cores")
-    print(versions())
+    print(f"{source}, {len(image_set):,} images, batch {BATCH_SIZE}; {hardware()}; {versions()}")
     for name, values in speeds.items():
         print(f"{name:28}{statistics.median(values):12,.0f} images/s  ({min(values):,.0f} to {max(values):,.0f})")
     for name, values in speeds.items():

@@ -31,8 +31,11 @@ def printable(text, limit=160):
 
 def reason(error):
     """The first line of an exception's text; for an OSError the system's own words."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return printable(text.strip().split("\n")[0])
+    try:
+        text = getattr(error, "strerror", None) or str(error)
+    except RecursionError:  # it quotes something that nests deeply
+        text = ""
+    return printable(text.strip().split("\n")[0] or type(error).__name__)
 
 
 def read_file(path):

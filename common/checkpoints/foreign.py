@@ -20,6 +20,7 @@ from common.checkpoints.unpickler import PickleSource, RestrictedUnpickler
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 _PROTOCOL_VERSION = 1001
 _MAX_DEPTH = 256  # of containers and records; a whole pickled network nests about 20
+_MAX_KEY = 64  # characters; the keys of storages are numbers
 _LEAVES = (str, int, float, bool, type(None), bytes, torch.Tensor, torch.Size, torch.dtype, RecordClass)
 
 
@@ -137,8 +138,10 @@ def _tar_storages(source, builder, stand_ins):
         storages[key] = builder.storage(key, kind.dtype, count)
         storages[key].data = source.take(storages[key].nbytes)
     for key, root_key, offset, count in _plain(source, stand_ins):
-        root = storages[root_key]
-        if type(key) is not int or key in storages or not 0 <= offset <= offset + count <= root.count:
+        if {type(value) for value in (key, root_key, offset, count)} != {int} or key in storages:
+            raise Refused("it holds a view of a storage without a name of its own")
+        root = storages.get(root_key, Storage(torch.uint8, -1))
+        if not 0 <= offset <= offset + count <= root.count:
             raise Refused("it holds a view outside its storage")
         itemsize = root.dtype.itemsize
         storages[key] = Storage(root.dtype, count, root.data[offset * itemsize : (offset + count) * itemsize])
@@ -153,7 +156,7 @@ def _tar_tensors(source, builder, stand_ins, storages):
         dims, _padding = struct.unpack("<iI", source.read(8))
         size, stride = (struct.unpack(f"<{dims}q", source.read(8 * dims)) for _ in range(2))
         (offset,) = struct.unpack("<q", source.read(8))
-        if type(key) is not int or key in tensors:
+        if type(key) is not int or type(storage_key) is not int or key in tensors:
             raise Refused("it holds a tensor without a name of its own")
         tensors[key] = builder.tensor(storages.get(storage_key), offset, size, stride)
     return tensors
@@ -183,7 +186,7 @@ def _storage_id(pid, length):
     if type(pid) is not tuple or len(pid) != length or pid[0] != "storage":
         raise Refused("it holds a persistent id of unknown kind")
     kind, key, count = pid[1], pid[2], pid[4]
-    if type(kind) is not StorageType or type(key) is not str:
+    if type(kind) is not StorageType or type(key) is not str or len(key) > _MAX_KEY:
         raise Refused("it holds a storage of unknown kind")
     return key, kind.dtype, count
 

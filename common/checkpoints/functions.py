@@ -77,7 +77,11 @@ def _size(stand_ins, sizes=()):
 
 
 def _device(stand_ins, kind, index=None):
-    if kind not in ("cpu", "cuda", "mps", "xpu", "meta") or not (index is None or type(index) is int):
+    if (
+        type(kind) is not str
+        or kind not in ("cpu", "cuda", "mps", "xpu", "meta")
+        or not (index is None or type(index) is int)
+    ):
         raise Refused("it names an unknown device")
     return kind if index is None else f"{kind}:{index}"
 
@@ -117,8 +121,10 @@ def _encode(stand_ins, text, encoding):  # how Python 3 writes bytes in protocol
 
 
 def _numpy_type(stand_ins, code, *_):
+    if type(code) is not str:  # hashing a deeply nested tuple would crash Python
+        raise Refused("it holds NumPy values of a type that is not named")
     if code not in NUMPY_TYPES:
-        raise Refused(f"it holds NumPy values of the type {printable(repr(code), 40)}, not plain numbers")
+        raise Refused(f"it holds NumPy values of the type {printable(code, 40)!r}, not plain numbers")
     return NumpyType(code)
 
 

@@ -1,6 +1,7 @@
 """This repository's own checkpoints: written so that no moment is without a good file, read after a full check."""
 
 import collections
+import contextlib
 import fcntl
 import io
 import os
@@ -36,10 +37,11 @@ def save_checkpoint(path, payload, *, keep_previous=False):
     buffer = io.BytesIO()
     torch.save(payload, buffer)
     target = Path(os.path.realpath(path))  # a link stays a link to the new contents
-    if target.exists() and not target.is_file():
+    if os.path.exists(target) and not os.path.isfile(target):
         raise failure(path, "not saved: it is a folder or device; choose another name")
     try:
-        _replace(target, buffer.getbuffer(), keep_previous)
+        with buffer.getbuffer() as content:
+            _replace(target, content, keep_previous)
     except OSError as error:
         good = [str(kept) for kept in (path, previous_path(path)) if _is_sound(kept)]
         rest = f"still good: {', '.join(good)}" if good else "there is no earlier checkpoint"
@@ -160,23 +162,20 @@ def _remove_stale(target):
     for entry in os.scandir(target.parent):
         if not pattern.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
             continue
-        try:
+        with contextlib.suppress(OSError):  # its process has just finished, or it is not ours to remove
             with open(entry.path, "rb") as handle:
                 if _lock(handle):
                     os.unlink(entry.path)
-        except OSError:
-            continue  # its process has just finished, or it is not ours to remove
 
 
 def _sync_folder(folder):
     """Make the rename itself durable, where the file system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _is_sound(path):

@@ -28,6 +28,7 @@ DEFAULT_RECORDS = (
 )
 _DTYPES = {str(dtype): dtype for dtype in STORAGE_DTYPES.values()} | {str(t): t for _, t in NUMPY_TYPES.values()}
 _ENTRY_BYTES = 100  # about what one attribute of a record takes
+_MAX_NAME = 1024
 
 
 class Function:
@@ -72,6 +73,10 @@ class StandIns:
 
     def find(self, module, name):
         """The stand-in for `module`.`name`; raises Refused, with the name, for one that is in no table."""
+        if (
+            len(module) + len(name) > _MAX_NAME
+        ):  # names come from the memo too: joining long ones again and again is slow
+            raise Refused(f"it names {printable(module, 80)}…, longer than any class of PyTorch")
         full = f"{module}.{name}"
         if full not in self._found:
             self._found[full] = self._make(module, name, full)
@@ -90,7 +95,7 @@ class StandIns:
         raise Refused(f"it names {printable(full)}, which is not among the classes that this reader knows")
 
     def key(self, key):
-        """`key`, if it may be one of a dict or set. Tuples may not: hashing deeply nested ones overflows the stack."""
+        """`key`, if it may be one of a dict or set. Tuples may not: hashing deeply nested ones crashes Python."""
         if type(key) not in (str, int, float, bool, type(None), bytes, torch.Tensor):
             raise Refused(f"it uses a {type(key).__name__} as a key")
         if type(key) is int and abs(key) >= 2**61 - 1:  # below, an int is its own hash: no crafted collisions

@@ -137,17 +137,17 @@ class RestrictedUnpickler(pickle._Unpickler):
         state = self.stack.pop()
         self._stand_ins.set_state(self.stack[-1], state)
 
-    for _opcode, _handler in (
-        (pickle.FRAME, _load_frame),
-        (pickle.INST, _load_inst),
-        (pickle.APPEND, _load_append),
-        (pickle.APPENDS, _load_appends),
-        (pickle.SETITEM, _load_setitem),
-        (pickle.SETITEMS, _load_setitems),
-        (pickle.ADDITEMS, _load_additems),
-        (pickle.REDUCE, _load_call),
-        (pickle.NEWOBJ, _load_call),
-        (pickle.BUILD, _load_build),
-    ):
-        dispatch[_opcode[0]] = _handler
-    del _opcode, _handler
+    dispatch.update(
+        {
+            pickle.FRAME[0]: _load_frame,
+            pickle.INST[0]: _load_inst,
+            pickle.APPEND[0]: _load_append,
+            pickle.APPENDS[0]: _load_appends,
+            pickle.SETITEM[0]: _load_setitem,
+            pickle.SETITEMS[0]: _load_setitems,
+            pickle.ADDITEMS[0]: _load_additems,
+            pickle.REDUCE[0]: _load_call,
+            pickle.NEWOBJ[0]: _load_call,
+            pickle.BUILD[0]: _load_build,
+        }
+    )

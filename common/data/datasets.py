@@ -83,7 +83,7 @@ def _needed_files(name, split):
 
 
 def _present(root, alternatives):
-    return next((file for file in alternatives if (root / file.path).exists()), None)
+    return next((file for file in alternatives if os.path.exists(root / file.path)), None)
 
 
 def _missing(root, files):
@@ -109,7 +109,7 @@ def _verified(root, file):
 def _provide(name, split, root, files, download):
     """Unpack or download what is missing. Everything is staged beside its place and moved there when it is complete."""
     archive = _archive(name)
-    if not (download or (archive and (root / archive.path).exists())):
+    if not (download or (archive and _present(root, [archive]))):
         raise DataError(
             f"{name}: {root / _missing(root, files)[0].path} not found; "
             "say with --data-dir where the data set is, or use --embedded-data"
@@ -130,7 +130,7 @@ def _provide(name, split, root, files, download):
         except (OSError, RuntimeError, EOFError, ValueError, http.client.HTTPException) as error:
             reason = textwrap.shorten(str(error) or type(error).__name__, 160)
             raise DataError(
-                f"cannot download {name} into {root} ({reason}); "
+                f"cannot download or unpack {name} in {root} ({reason}); "
                 "say with --data-dir where the data set is, or use --embedded-data, which needs no download"
             ) from None
         finally:
@@ -148,7 +148,7 @@ def _fill_stage(name, split, root, stage, missing):
     from torchvision.datasets.utils import extract_archive
 
     source, archive = _torchvision_class(name), _archive(name)
-    if archive and (root / archive.path).exists():
+    if archive and _present(root, [archive]):
         _verified(root, archive)
         extract_archive(root / archive.path, stage)
         return

@@ -87,7 +87,7 @@ def _folder_sets():
 
 
 def _is_absent(root):
-    return not root.exists() or (root.is_dir() and not any(root.iterdir()))
+    return not any(root.glob("*"))
 
 
 def _write_folder(root):

@@ -12,9 +12,6 @@ class DataError(Exception):
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
 
-    def __reduce__(self):
-        return type(self), (str(self),)
-
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:

@@ -41,11 +41,11 @@ def _module(stem):
 
 
 def launch(stem, name, grid, block, *arguments):
-    """Run a kernel over `grid` blocks of `block` threads (three ints each) on torch's current stream of the tensors' device.
+    """Run a kernel over `grid` blocks of `block` threads (three ints each) on torch's current stream.
 
-    arguments: contiguous CUDA tensors, all on one device, and NumPy scalars of exactly the C parameters' types, in order.
-    Channels-last tensors count as contiguous. Returns at once. Raises TypeError for any other argument, ValueError for a
-    tensor with gaps or on another device.
+    arguments: contiguous CUDA tensors, all on one device, at least one, and NumPy scalars of exactly the C parameters'
+    types, in order. Channels-last tensors count as contiguous. Returns at once. Raises TypeError for any other argument,
+    ValueError for a tensor with gaps or on another device.
     """
     import cupy
 
@@ -65,7 +65,8 @@ def _checked(argument, device):
         raise ValueError(f"launch: all tensors must be on one CUDA device, not {argument.device} and {device}")
     channels_last = argument.dim() == 4 and argument.is_contiguous(memory_format=torch.channels_last)
     if not (argument.is_contiguous() or channels_last):
-        raise ValueError(f"launch: tensor of shape {tuple(argument.shape)}, strides {argument.stride()} is not contiguous")
+        shape, strides = tuple(argument.shape), argument.stride()
+        raise ValueError(f"launch: a tensor of shape {shape} with strides {strides} is not contiguous")
     return np.uintp(argument.data_ptr())
 
 

@@ -172,7 +172,7 @@ def _shift_planes(counters, grain, planes, x, y, masks, channels, height, row, k
 
 @njit
 def _merge_run(y, x, mask, block, size):
-    # y[t] = x[t] where mask[t % block] is set, 0 <= t < size. block: a multiple of VECTOR; the mask is VECTOR bytes longer.
+    # y[t] = x[t] where mask[t % block] is set, 0 <= t < size. block is a multiple of VECTOR, the mask VECTOR bytes longer.
     if size < VECTOR:
         for t in range(size):
             _merge1(y + t, x + t, mask + t % block)
@@ -244,13 +244,13 @@ def _compile(function):
     signature = types.void(types.CPointer(types.int64))
     try:
         return cfunc(signature, cache=True)(function)
-    except Exception:  # of the cache only (no place to write, full disk, damaged file): what is wrong otherwise fails again
+    except Exception:  # of the cache (no place to write, full disk, damaged file); any other comes again without it
         return cfunc(signature)(function)
 
 
 @functools.cache
 def load():
-    """Compile the kernels, or read them from numba's cache; returns (planes, rows). Raises ImportError if numba is off."""
+    """(planes, rows): compiled, or read from numba's cache. Raises ImportError where numba is switched off."""
     if config.DISABLE_JIT:
         raise ImportError("numba is switched off (NUMBA_DISABLE_JIT)")
     return _compile(_planes_entry), _compile(_rows_entry)
@@ -264,7 +264,7 @@ def _extended(masks):
 
 @functools.lru_cache(maxsize=64)
 def _edge_masks(width, item, k, step):
-    """(k, width * item + VECTOR) bytes: 255 where output column j has its source j + step * (tap - k // 2) in the row."""
+    """(k, width * item + VECTOR) bytes: 255 where column j has its source, j + step * (tap - k // 2), in the row."""
     source = np.arange(width) + step * (np.arange(k)[:, None] - k // 2)
     return _extended(np.repeat((source >= 0) & (source < width), item, axis=1))
 
@@ -282,22 +282,25 @@ def _tap_masks(channels, item, k):
 
 
 def shift2d_cpu(x, y, kernel_size, dilation, direction, channels_last):
-    """Write the shifted x into y: both (N, C, H, W) on the CPU, dense in the same layout, not empty; C >= kernel_size**2.
+    """Write the shifted x into y, both (N, C, H, W) on the CPU, dense in the same layout, not empty; C >= kernel_size**2.
 
-    Any dtype of 1 to 8 bytes.
+    Any dtype of 1 to 8 bytes. Returns True: there is no size that it cannot do.
     """
     planes, rows = load()
     n, channels, height, width = x.shape
     item = x.element_size()
     # Beyond the image a longer step changes nothing; a shorter one cannot overflow.
     step_y, step_x = direction * min(dilation, height), direction * min(dilation, width)
+    addresses = x.data_ptr(), y.data_ptr()
     if channels_last:
         pixel = channels * item
         masks = _tap_masks(channels, item, kernel_size)
-        scratch = (2 * width + 2 * (kernel_size // 2) * abs(step_x)) * pixel
+        margin = kernel_size // 2 * abs(step_x) * pixel
         sizes = (masks.shape[1] - VECTOR, pixel, height, width, kernel_size, step_y, step_x)
-        threads.run(rows.address, (x.data_ptr(), y.data_ptr(), masks.ctypes.data, *sizes), n * height, width * pixel, scratch)
+        arguments = (*addresses, masks.ctypes.data, *sizes)
+        threads.run(rows.address, arguments, n * height, width * pixel, scratch_bytes=2 * (width * pixel + margin))
     else:
         masks = _edge_masks(width, item, kernel_size, step_x)
         sizes = (channels, height, width * item, kernel_size, step_y, step_x * item)
-        threads.run(planes.address, (x.data_ptr(), y.data_ptr(), masks.ctypes.data, *sizes), n * channels, height * width * item)
+        threads.run(planes.address, (*addresses, masks.ctypes.data, *sizes), n * channels, height * width * item)
+    return True

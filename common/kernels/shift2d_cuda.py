@@ -1,4 +1,4 @@
-"""CUDA kernels of shift2d: which kernel of shift2d.cu for which tensor, on how many threads. CuPy is imported on first use."""
+"""CUDA kernels of shift2d: which kernel of shift2d.cu, on how many threads. CuPy is imported on first use."""
 
 import numpy as np
 
@@ -47,7 +47,7 @@ def load():
 
 
 def shift2d_cuda(x, y, kernel_size, dilation, direction, channels_last):
-    """Write the shifted x into y: both (N, C, H, W) on one CUDA device, dense in the same layout, not empty.
+    """Write the shifted x into y, both (N, C, H, W) on one CUDA device, dense in the same layout, not empty.
 
     Any dtype of 1, 2, 4 or 8 bytes. Returns False, and does nothing, for sizes beyond the kernels' 32-bit indices.
     """

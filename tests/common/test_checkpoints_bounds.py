@@ -21,6 +21,7 @@ from tests.common.test_checkpoints_hostile import (
     LIST,
     NO_ARGS,
     NONE,
+    PERSISTENT,
     POP,
     REDUCE,
     SETITEM,
@@ -34,6 +35,8 @@ from tests.common.test_checkpoints_hostile import (
     persistent,
     rebuilt,
     storage_id,
+    tar_file,
+    tar_tensor,
     tar_with,
     text,
     tuple_of,
@@ -75,6 +78,7 @@ def big_list(count):
     return LIST + b"(" + (LIST + NONE + APPEND + NONE + APPEND) * count + b"e"
 
 
+DEEP = NO_ARGS + TUPLE1 * 100_000  # to hash it, or to compare it with its like, takes that many C calls
 OPEN_PAIR = name("collections OrderedDict") + LIST + LIST + text("a") + APPEND  # OrderedDict([["a",
 
 # File contents, and the message that refuses them (None: they are harmless and are read).
@@ -101,8 +105,18 @@ BOMBS = {
     "deep lists": (zip_with(LIST * 100_000 + APPEND * 99_999), "levels"),
     "deep tuples": (legacy_with(NO_ARGS + TUPLE1 * 100_000, 3), "list of storages"),
     "deep tuples in a tar": (tar_with(NO_ARGS + TUPLE1 * 100_000, "pickle"), "levels"),
-    "deep tuple as a key": (zip_with(DICT + NO_ARGS + TUPLE1 * 100_000 + NONE + SETITEM), "a tuple as a key"),
-    "deep tuple as an argument": (zip_with(call(name("torch Size"), NO_ARGS + TUPLE1 * 100_000)), "no shape"),
+    "deep tuple as a key": (zip_with(DICT + DEEP + NONE + SETITEM), "a tuple as a key"),
+    "deep tuple as an argument": (zip_with(call(name("torch Size"), DEEP)), "no shape"),
+    "deep tuple as a NumPy type": (zip_with(call(name("numpy dtype"), DEEP)), "not named"),
+    "deep tuple as a device": (zip_with(call(name("torch device"), DEEP)), "unknown device"),
+    "deep tuple as a storage's key": (
+        zip_with(persistent(text("storage"), name("torch FloatStorage"), DEEP, NONE, NONE)),
+        "unknown kind",
+    ),
+    "deep tuple as a tensor's storage": (tar_file(tensors=[tar_tensor(storage=DEEP)]), "name of its own"),
+    "deep tuple as a magic number": (legacy_with(DEEP, 0), "not one that torch.save"),
+    "deep tuple as the list of storages": (legacy_with(LIST + DEEP + APPEND, 4), "no list of names"),
+    "deep tuple as a persistent id": (legacy_with(DEEP + PERSISTENT, 3), "unknown kind"),
     "deep records": (zip_with((new(CONV) + DICT + text("a")) * 30_000 + NONE + (SETITEM + BUILD) * 30_000), "levels"),
     "deep calls": (zip_with(OPEN_PAIR * 30_000 + NONE + (APPEND + APPEND + TUPLE1 + REDUCE) * 30_000), "levels"),
     "a list in itself": (zip_with(LIST + b"q\x00h\x00a"), "contains itself"),

@@ -142,20 +142,20 @@ class OldPickler(pickle._Pickler):
     def save_set(self, value):
         self.call("__builtin__.set" if self.python2 else "builtins.set", sorted(value), obj=value)
 
-    for _type, _handler in (
-        (type, save_type),
-        (str, save_text),
-        (int, save_integer),
-        (collections.OrderedDict, save_ordered_dict),
-        (torch.Tensor, save_tensor),
-        (torch.nn.Parameter, save_parameter),
-        (Variable, save_variable),
-        (Backend, save_backend),
-        (torch.Size, save_size),
-        (set, save_set),
-    ):
-        dispatch[_type] = _handler
-    del _type, _handler
+    dispatch.update(
+        {
+            type: save_type,
+            str: save_text,
+            int: save_integer,
+            collections.OrderedDict: save_ordered_dict,
+            torch.Tensor: save_tensor,
+            torch.nn.Parameter: save_parameter,
+            Variable: save_variable,
+            Backend: save_backend,
+            torch.Size: save_size,
+            set: save_set,
+        }
+    )
 
 
 def plain_pickle(value):

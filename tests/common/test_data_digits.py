@@ -94,11 +94,12 @@ def test_incomplete_folders_and_other_files_are_left_alone(tmp_path):
     assert (tmp_path / "file").read_text() == "something else"
 
 
-def test_a_killed_writer_leaves_no_folder_that_looks_complete(tmp_path, monkeypatch):
-    def fail(self, *args, **kwargs):
+@pytest.mark.parametrize(("owner", "function"), [(Image.Image, "save"), (digits.os, "replace")])
+def test_a_failed_writer_leaves_no_folder_that_looks_complete(tmp_path, monkeypatch, owner, function):
+    def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", fail)
+    monkeypatch.setattr(owner, function, fail)
     with pytest.raises(DataError, match="No space left on device"):
         write_digits_folder(tmp_path / "digits")
     assert [path.name for path in tmp_path.iterdir()] == [".digits.lock"]

@@ -251,7 +251,7 @@ def test_absent_and_not_to_be_downloaded(cifar, mnist, svhn, tmp_path):
 def test_a_failed_download_says_what_to_do_and_leaves_nothing(cifar, mnist, svhn, tmp_path, capfd):
     for name in (cifar[0], "mnist", "svhn"):
         text = error_of(name, tmp_path, split="train")
-        assert f"cannot download {name}" in text and str(tmp_path) in text
+        assert f"cannot download or unpack {name}" in text and str(tmp_path) in text
         assert "--data-dir" in text and "--embedded-data" in text
         assert "refused" in text, "the reason is missing"
     assert all(path.name.endswith(".lock") for path in tmp_path.iterdir())

@@ -1,0 +1,199 @@
+"""Side-by-side timing for the benchmark scripts: everything that is compared runs alternately, in one process.
+
+    comparison = Comparison(args, "fp32 NCHW", {"shift2d": lambda i: shift2d(x[i]), "clone": lambda i: x[i].clone()}, bytes)
+    comparison.ratio("shift2d vs clone: time ratio", "shift2d", "clone")
+    write_csv("bench_shift", [comparison])
+"""
+
+import argparse
+import csv
+import itertools
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).with_name("results")
+FALLBACK_CACHE_BYTES = 32 * 2**20
+LEAST_RUNS = 5
+
+
+def parser(doc):
+    """Argument parser with the options that every benchmark has; `doc` is the script's docstring."""
+    options = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    options.add_argument("--repeats", type=_positive, default=50, help="timed runs of each candidate (default: 50)")
+    options.add_argument("--warmup", type=_positive, default=5, help="untimed runs of each candidate (default: 5)")
+    help_seconds = "a candidate too slow for all its runs in this time makes fewer, at least 5 (default: 10)"
+    options.add_argument("--max-seconds", type=_positive, default=10, help=help_seconds)
+    options.add_argument("--threads", type=_positive, help="torch.set_num_threads (default: torch's own choice)")
+    options.add_argument("--no-rotate", action="store_true", help="one buffer again and again, warm in the cache if it fits")
+    options.add_argument("--no-csv", action="store_true", help="print only; do not write benchmarks/results/*.csv")
+    return options
+
+
+def parse(options, argv=None):
+    """Parse, set the number of threads, and check the device: exits with status 2 and one line where there is none."""
+    args = options.parse_args(argv)
+    try:
+        args.device = torch.device(args.device)
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        options.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return args
+
+
+def _positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def cache_bytes(device):
+    """Size of the last-level cache in bytes: L2 of a GPU, the largest of Linux's list for a CPU (32 MiB if unknown)."""
+    if device.type == "cuda":
+        return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", FALLBACK_CACHE_BYTES)
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text[:-1]) * units[text[-1]] if text[-1:] in units else int(text))
+    return max(sizes, default=FALLBACK_CACHE_BYTES)
+
+
+def rotated(args, make):
+    """Buffers from make(), called often enough that the set exceeds the last-level cache (GPU: four times).
+
+    Returns a list of the tensors; a single one with --no-rotate.
+    """
+    first = make()
+    size = first.numel() * first.element_size()
+    room = (4 if args.device.type == "cuda" else 1) * cache_bytes(args.device)
+    return [first] if args.no_rotate else [first, *(make() for _ in range(min(64, room // max(1, size))))]
+
+
+def hardware(device):
+    """Name of the processor or GPU, and the threads used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = [platform.processor() or platform.machine()]
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def versions():
+    """Versions of what the measured code runs on, in one line."""
+    parts = [f"python {platform.python_version()}", f"torch {torch.__version__}"]
+    for name in ("numba", "cupy"):
+        if name in sys.modules:
+            parts.append(f"{name} {sys.modules[name].__version__}")
+    return ", ".join(parts)
+
+
+class Comparison:
+    """Times candidates against each other and prints a table row for each.
+
+    candidates: name -> function of the repetition's number, for choosing among rotated buffers. moved_bytes: what one run
+    has to read and write at least, in bytes; gives the GB/s. times: name -> seconds of each run.
+    """
+
+    def __init__(self, args, title, candidates, moved_bytes):
+        self.title, self.moved_bytes, self.device = title, moved_bytes, args.device
+        self.ratios = []
+        timer = _time_on_gpu if args.device.type == "cuda" else _time_on_cpu
+        self.times = timer(candidates, args)
+        print(f"\n{title}   ({moved_bytes / 2**20:.1f} MiB moved)")
+        print(f"  {'':34} {'median ms':>10} {'quartiles':>17} {'GB/s':>8} {'runs':>5}")
+        for name in candidates:
+            low, middle, high = self.quartiles(name)
+            rate = moved_bytes / middle / 1e9
+            print(f"  {name:34} {middle * 1e3:10.3f} {low * 1e3:8.3f} {high * 1e3:8.3f} {rate:8.1f} {len(self.times[name]):5}")
+
+    def quartiles(self, name):
+        """First quartile, median and third quartile of a candidate's times, in seconds."""
+        times = self.times[name]
+        return statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+
+    def ratio(self, text, numerator, denominator):
+        """Print `text N.NNx`, the ratio of two candidates' median times, and return it."""
+        value = self.quartiles(numerator)[1] / self.quartiles(denominator)[1]
+        print(f"  {self.title} {text} {value:.2f}x")
+        self.ratios.append((text, value))
+        return value
+
+
+def _schedule(candidates, warmup, repeats, seconds, clock):
+    """Warm up, then yield (repetition, name, function), alternating; slow candidates sit out so as to stay in `seconds`."""
+    every = {}
+    for name, function in candidates.items():
+        start = clock()
+        function(0)
+        slow = clock() - start > seconds / repeats
+        for run in range(1, 1 if slow else warmup):
+            function(run)
+        start = clock()
+        function(warmup)
+        runs = min(repeats, max(LEAST_RUNS, int(seconds / max(1e-9, clock() - start))))
+        every[name] = -(-repeats // runs)
+    for run in range(repeats):
+        for name, function in candidates.items():
+            if run % every[name] == 0:
+                yield run, name, function
+
+
+def _time_on_cpu(candidates, args):
+    times = {name: [] for name in candidates}
+    for run, name, function in _schedule(candidates, args.warmup, args.repeats, args.max_seconds, time.perf_counter):
+        start = time.perf_counter()
+        function(run)
+        times[name].append(time.perf_counter() - start)
+    return times
+
+
+def _time_on_gpu(candidates, args):
+    def clock():
+        torch.cuda.synchronize(args.device)
+        return time.perf_counter()
+
+    # No synchronisation between the timed runs: host overhead hides behind the work that is queued, as in training.
+    events = {name: [] for name in candidates}
+    for run, name, function in _schedule(candidates, args.warmup, args.repeats, args.max_seconds, clock):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function(run)
+        end.record()
+        events[name].append((start, end))
+    torch.cuda.synchronize(args.device)
+    return {name: [start.elapsed_time(end) / 1e3 for start, end in pairs] for name, pairs in events.items()}
+
+
+def write_csv(script, comparisons):
+    """Write benchmarks/results/<script>.csv: one row per candidate and one per ratio, with hardware and versions."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{script}.csv"
+    columns = ["comparison", "name", "median_ms", "q1_ms", "q3_ms", "gb_per_s", "ratio", "runs", "hardware", "versions"]
+    rows = list(itertools.chain.from_iterable(map(_rows, comparisons)))
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"\n{len(rows)} rows in {path}")
+
+
+def _rows(comparison):
+    common = {"comparison": comparison.title, "hardware": hardware(comparison.device), "versions": versions()}
+    for name, times in comparison.times.items():
+        low, middle, high = comparison.quartiles(name)
+        measured = {"median_ms": f"{middle * 1e3:.4f}", "q1_ms": f"{low * 1e3:.4f}", "q3_ms": f"{high * 1e3:.4f}"}
+        rate = f"{comparison.moved_bytes / middle / 1e9:.2f}"
+        yield {**common, "name": name, **measured, "gb_per_s": rate, "runs": len(times)}
+    for text, value in comparison.ratios:
+        yield {**common, "name": text, "ratio": f"{value:.3f}"}
