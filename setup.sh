@@ -22,14 +22,17 @@ else
   _have=$(cat "$_root/.venv/.requirements" 2>/dev/null || true)
   _have_dev=$(cat "$_root/.venv/.requirements-dev" 2>/dev/null || true)
   if [ "$_have" != "$_stamp" ]; then
-    echo "setup: making .venv (downloads about 5 GB with the CUDA libraries of PyTorch; once)" >&2
+    echo "setup: making .venv with $("$_base" --version 2>&1): some minutes, about 5 GB with PyTorch's CUDA libraries; once" >&2
     rm -rf "$_root/.venv"
     "$_base" -m venv "$_root/.venv" || _fail "cannot make $_root/.venv (on Debian: apt install python3-venv)"
     _have_dev=
   fi
   PYTHON="$_root/.venv/bin/python"
   if [ "$_have" != "$_stamp" ] || { [ "${_requirements##*/}" = requirements-dev.txt ] && [ "$_have_dev" != "$_dev_stamp" ]; }; then
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$_requirements" \
+    _quiet=--quiet
+    [ -t 2 ] && _quiet=
+    # shellcheck disable=SC2086
+    "$PYTHON" -m pip install $_quiet --disable-pip-version-check -r "$_requirements" \
       || _fail "installing ${_requirements##*/} failed (see above); the next call tries again"
     echo "$_stamp" > "$_root/.venv/.requirements"
     if [ "${_requirements##*/}" = requirements-dev.txt ]; then echo "$_dev_stamp" > "$_root/.venv/.requirements-dev"; fi
