@@ -2,8 +2,9 @@
 
     python benchmarks/bench_shift.py [--device cuda] [--dtypes fp32 bf16] [--shape 64 144 32 32]
 
-Targets on the CPU, (64, 144, 32, 32) fp32 NCHW: shift2d at most 1.2x the time of x.clone(); the depthwise 3x3 convolution
-at least 2x the time of shift2d, forward and backward (gradient of the input). About a minute.
+Targets on the CPU, (64, 144, 32, 32) fp32 NCHW: shift2d at most 1.2x the time of x.clone(), and the depthwise
+convolution at least 2x that of shift2d, forward and backward (gradient of the input). Takes a few minutes, most of them
+for the convolution in bf16, which some processors emulate.
 """
 
 import sys
@@ -31,7 +32,7 @@ def build_parser():
 
 
 def one_hot_weight(channels, dtype, device):
-    """(C, 1, 3, 3) weight of the depthwise convolution that equals shift2d with kernel_size 3 (spec of the operation)."""
+    """(C, 1, 3, 3) weight of the depthwise convolution that equals shift2d with kernel_size 3."""
     moved = channels // 9 * 9
     tap = torch.where(torch.arange(channels) < moved, torch.arange(channels) % 9, 4)
     return F.one_hot(tap, 9).view(channels, 1, 3, 3).to(device, dtype)

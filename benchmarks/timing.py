@@ -1,7 +1,9 @@
-"""Side-by-side timing for the benchmark scripts: everything that is compared runs alternately, in one process.
+"""Side-by-side timing for the benchmark scripts: what is compared runs alternately, in one process.
 
-    comparison = Comparison(args, "fp32 NCHW", {"shift2d": lambda i: shift2d(x[i]), "clone": lambda i: x[i].clone()}, bytes)
-    comparison.ratio("shift2d vs clone: time ratio", "shift2d", "clone")
+    inputs = rotated(args, make)
+    candidates = {"shift2d": lambda run: shift2d(inputs[run % len(inputs)]), "clone": ...}
+    comparison = Comparison(args, "fp32 NCHW", candidates, moved_bytes)
+    comparison.ratio("shift2d / clone: time ratio", "shift2d", "clone")
     write_csv("bench_shift", [comparison])
 """
 
@@ -18,7 +20,7 @@ import torch
 
 RESULTS = Path(__file__).with_name("results")
 FALLBACK_CACHE_BYTES = 32 * 2**20
-LEAST_RUNS = 5
+LEAST_RUNS = 3
 
 
 def parser(doc):
@@ -27,10 +29,10 @@ def parser(doc):
     options.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     options.add_argument("--repeats", type=_positive, default=50, help="timed runs of each candidate (default: 50)")
     options.add_argument("--warmup", type=_positive, default=5, help="untimed runs of each candidate (default: 5)")
-    help_seconds = "a candidate too slow for all its runs in this time makes fewer, at least 5 (default: 10)"
+    help_seconds = "a candidate too slow for all its runs in this time makes fewer, at least 3 (default: 10)"
     options.add_argument("--max-seconds", type=_positive, default=10, help=help_seconds)
     options.add_argument("--threads", type=_positive, help="torch.set_num_threads (default: torch's own choice)")
-    options.add_argument("--no-rotate", action="store_true", help="one buffer again and again, warm in the cache if it fits")
+    options.add_argument("--no-rotate", action="store_true", help="the same buffer each time, cached if it fits")
     options.add_argument("--no-csv", action="store_true", help="print only; do not write benchmarks/results/*.csv")
     return options
 
@@ -82,11 +84,11 @@ def hardware(device):
     """Name of the processor or GPU, and the threads used."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    names = [platform.processor() or platform.machine()]
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+    name, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        if line.startswith("model name"):
+            name = line.split(":", 1)[1].strip()
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def versions():
@@ -101,8 +103,8 @@ def versions():
 class Comparison:
     """Times candidates against each other and prints a table row for each.
 
-    candidates: name -> function of the repetition's number, for choosing among rotated buffers. moved_bytes: what one run
-    has to read and write at least, in bytes; gives the GB/s. times: name -> seconds of each run.
+    candidates: name -> function of the repetition's number, which chooses among rotated buffers. moved_bytes: what one
+    run has to read and write at least; gives the GB/s. times: name -> seconds of each run.
     """
 
     def __init__(self, args, title, candidates, moved_bytes):
@@ -115,7 +117,8 @@ class Comparison:
         for name in candidates:
             low, middle, high = self.quartiles(name)
             rate = moved_bytes / middle / 1e9
-            print(f"  {name:34} {middle * 1e3:10.3f} {low * 1e3:8.3f} {high * 1e3:8.3f} {rate:8.1f} {len(self.times[name]):5}")
+            times = f"{middle * 1e3:10.3f} {low * 1e3:8.3f} {high * 1e3:8.3f}"
+            print(f"  {name:34} {times} {rate:8.1f} {len(self.times[name]):5}")
 
     def quartiles(self, name):
         """First quartile, median and third quartile of a candidate's times, in seconds."""
@@ -131,7 +134,7 @@ class Comparison:
 
 
 def _schedule(candidates, warmup, repeats, seconds, clock):
-    """Warm up, then yield (repetition, name, function), alternating; slow candidates sit out so as to stay in `seconds`."""
+    """Warm up, then yield (repetition, name, function), alternating; a slow candidate sits out to stay in `seconds`."""
     every = {}
     for name, function in candidates.items():
         start = clock()

@@ -43,8 +43,8 @@ def _module(stem):
 def launch(stem, name, grid, block, *arguments):
     """Run a kernel over `grid` blocks of `block` threads (three ints each) on torch's current stream.
 
-    arguments: contiguous CUDA tensors, all on one device, at least one, and NumPy scalars of exactly the C parameters'
-    types, in order. Channels-last tensors count as contiguous. Returns at once. Raises TypeError for any other argument,
+    arguments: in order, contiguous CUDA tensors on one device (channels-last counts as contiguous; at least one) and
+    NumPy scalars of exactly the C parameters' types. Returns at once. Raises TypeError for anything else,
     ValueError for a tensor with gaps or on another device.
     """
     import cupy

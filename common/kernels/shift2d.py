@@ -1,4 +1,4 @@
-"""The shift operation of "Shift: A Zero FLOP, Zero Parameter Alternative to Spatial Convolutions" (Wu et al., CVPR 2018).
+"""The shift operation ("Shift: A Zero FLOP, Zero Parameter Alternative to Spatial Convolutions", Wu et al., CVPR 2018).
 
 `shift2d` is the torch operator effnets::shift2d: numba on the CPU, CuPy on CUDA devices, plain PyTorch elsewhere.
 `shift2d_reference` is its definition.
@@ -16,13 +16,13 @@ _log = logging.getLogger("effnets")
 def shift2d(x: Tensor, kernel_size: int = 3, dilation: int = 1) -> Tensor:
     """Move each channel by its own displacement, without arithmetic (paper, Sec. 3.1, Eq. 2).
 
-    x: (N, C, H, W), any dtype of 1, 2, 4 or 8 bytes, any device. Returns a new tensor of its shape and dtype, channels-last
-    if x is, else contiguous: with k = kernel_size,
+    x: (N, C, H, W), any dtype of 1, 2, 4 or 8 bytes, any device. Returns a new tensor of the same shape and dtype,
+    channels-last if x is, else contiguous. With k = kernel_size,
 
         y[n, c, i, j] = x[n, c, i + dilation * (c // k % k - k // 2), j + dilation * (c % k - k // 2)], zero outside x;
 
     the last C mod k*k channels are copied. Differentiable any number of times; keeps its dtype under autocast.
-    Raises TypeError for an argument of the wrong type, ValueError if x is not 4-D or kernel_size or dilation is below 1.
+    Raises TypeError for an argument of the wrong type, ValueError unless x is 4-D, kernel_size and dilation at least 1.
     """
     _check(x, kernel_size, dilation)
     return _operator(x, kernel_size, dilation, 1)

@@ -172,7 +172,7 @@ def _shift_planes(counters, grain, planes, x, y, masks, channels, height, row, k
 
 @njit
 def _merge_run(y, x, mask, block, size):
-    # y[t] = x[t] where mask[t % block] is set, 0 <= t < size. block is a multiple of VECTOR, the mask VECTOR bytes longer.
+    # y[t] = x[t] where mask[t % block] is set, 0 <= t < size. block: multiple of VECTOR; the mask: VECTOR bytes longer.
     if size < VECTOR:
         for t in range(size):
             _merge1(y + t, x + t, mask + t % block)
@@ -282,9 +282,9 @@ def _tap_masks(channels, item, k):
 
 
 def shift2d_cpu(x, y, kernel_size, dilation, direction, channels_last):
-    """Write the shifted x into y, both (N, C, H, W) on the CPU, dense in the same layout, not empty; C >= kernel_size**2.
+    """Write the shifted x into y: both (N, C, H, W), dense in the same layout, not empty; C >= kernel_size**2.
 
-    Any dtype of 1 to 8 bytes. Returns True: there is no size that it cannot do.
+    Returns True: there is no size that it cannot do.
     """
     planes, rows = load()
     n, channels, height, width = x.shape

@@ -2,9 +2,9 @@
 
 numba's parallel layers are avoided on purpose: `workqueue` aborts the process when two Python threads call at once
 (autograd, DDP hooks, DataParallel), the OpenMP layer dies in a process forked after its first use (loader workers), and
-TBB is rarely installed. Instead a kernel runs in the OpenMP team that torch itself uses; a second pool would compete with
-torch's threads, which spin for milliseconds after each operation. A forked process, whose copy of that team is dead, and
-a torch without GNU OpenMP use Python threads of our own, which run side by side because kernels need no interpreter.
+TBB is rarely installed. Instead a kernel runs in the OpenMP team that torch itself uses: a second pool would compete
+with torch's threads, which spin for milliseconds after each operation. A forked process, whose copy of that team is
+dead, and a torch without GNU OpenMP use Python threads of our own, side by side because kernels need no interpreter.
 """
 
 import ctypes
@@ -60,9 +60,9 @@ def thread_count(items, item_bytes):
 def run(address, arguments, items, item_bytes, scratch_bytes=0):
     """Call the C function void(int64 *) at `address` on every thread; return when all items are done.
 
-    It gets: address of two counters, scratch, scratch_bytes, grain, items, then `arguments` (integers). It takes `grain`
-    items at a time by adding atomically to the first counter until `items` is reached, so a slow thread leaves its share
-    to the others. Its own `scratch_bytes` zeroed bytes are at scratch + scratch_bytes * (second counter, then add 1).
+    It gets: address of two counters, scratch, scratch_bytes, grain, items, then `arguments` (integers). It takes
+    `grain` items at a time by adding atomically to the first counter until `items` is reached, so a slow thread leaves
+    its share to the others. Its own `scratch_bytes` zeroed bytes are at scratch + scratch_bytes * (second counter)++.
     """
     threads = thread_count(items, item_bytes)
     grain = items if threads == 1 else max(1, GRAIN_BYTES // item_bytes)

@@ -78,7 +78,7 @@ def big_list(count):
     return LIST + b"(" + (LIST + NONE + APPEND + NONE + APPEND) * count + b"e"
 
 
-DEEP = NO_ARGS + TUPLE1 * 100_000  # to hash it, or to compare it with its like, takes that many C calls
+DEEP = NO_ARGS + TUPLE1 * 200_000  # to hash it, or to compare it with its like, takes that many C calls
 OPEN_PAIR = name("collections OrderedDict") + LIST + LIST + text("a") + APPEND  # OrderedDict([["a",
 
 # File contents, and the message that refuses them (None: they are harmless and are read).

@@ -77,7 +77,7 @@ def _host_case(generator, most_blocks=None):
 
 @pytest.mark.parametrize("most_blocks", [None, 1, 2])
 def test_shift2d_runs_on_the_host(host_shift2d, most_blocks):
-    """Bit-equal to the reference, in bounds, aligned, without undefined behaviour, for any grid; reaches every kernel."""
+    """Bit-equal to the reference, in bounds, aligned, no undefined behaviour, for any grid; every kernel is reached."""
     generator = random.Random(0)
     cases = [_host_case(generator, most_blocks) for _ in range(400)]
     results = host_shift2d.run([launched for launched, _ in cases])

@@ -24,11 +24,12 @@ def _folders():
 @functools.cache
 def library():
     """The NVRTC library; skips the test, loudly, where none is installed."""
-    found = ctypes.util.find_library("nvrtc")
-    paths = [path for folder in _folders() for path in sorted(folder.glob("libnvrtc*.so*")) if "builtin" not in path.name]
-    for path in [*paths, *([found] if found else [])]:
+    candidates = [str(path) for folder in _folders() for path in sorted(folder.glob("libnvrtc*.so*"))]
+    for name in [*candidates, ctypes.util.find_library("nvrtc")]:
+        if name is None or "builtins" in name:
+            continue
         try:
-            return ctypes.CDLL(str(path))
+            return ctypes.CDLL(name)
         except OSError:
             continue
     pytest.skip("NVRTC not found (wheel nvidia-cuda-nvrtc, or a CUDA toolkit): CUDA sources are not compiled")
