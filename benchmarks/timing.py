@@ -133,20 +133,23 @@ class Comparison:
         return value
 
 
-def _schedule(candidates, warmup, repeats, seconds, clock):
-    """Warm up, then yield (repetition, name, function), alternating; a slow candidate sits out to stay in `seconds`."""
+def _seconds_per_run(function, warmup, seconds, clock):
+    durations = []
+    while len(durations) < warmup and sum(durations) <= seconds:
+        start = clock()
+        function(len(durations))
+        durations.append(clock() - start)
+    return min(durations)
+
+
+def _schedule(candidates, args, clock):
+    """Warm up, then yield (repetition, name, function), alternating. A slow candidate sits out to keep its time."""
     every = {}
     for name, function in candidates.items():
-        start = clock()
-        function(0)
-        slow = clock() - start > seconds / repeats
-        for run in range(1, 1 if slow else warmup):
-            function(run)
-        start = clock()
-        function(warmup)
-        runs = min(repeats, max(LEAST_RUNS, int(seconds / max(1e-9, clock() - start))))
-        every[name] = -(-repeats // runs)
-    for run in range(repeats):
+        seconds = _seconds_per_run(function, args.warmup, args.max_seconds, clock)
+        runs = min(args.repeats, max(LEAST_RUNS, int(args.max_seconds / max(1e-9, seconds))))
+        every[name] = -(-args.repeats // runs)
+    for run in range(args.repeats):
         for name, function in candidates.items():
             if run % every[name] == 0:
                 yield run, name, function
@@ -154,7 +157,7 @@ def _schedule(candidates, warmup, repeats, seconds, clock):
 
 def _time_on_cpu(candidates, args):
     times = {name: [] for name in candidates}
-    for run, name, function in _schedule(candidates, args.warmup, args.repeats, args.max_seconds, time.perf_counter):
+    for run, name, function in _schedule(candidates, args, time.perf_counter):
         start = time.perf_counter()
         function(run)
         times[name].append(time.perf_counter() - start)
@@ -168,7 +171,7 @@ def _time_on_gpu(candidates, args):
 
     # No synchronisation between the timed runs: host overhead hides behind the work that is queued, as in training.
     events = {name: [] for name in candidates}
-    for run, name, function in _schedule(candidates, args.warmup, args.repeats, args.max_seconds, clock):
+    for run, name, function in _schedule(candidates, args, clock):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         function(run)

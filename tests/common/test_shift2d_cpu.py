@@ -92,7 +92,7 @@ def test_every_thread_works(pool):
                 fetch_add(a[5] + 8 * piece, 1)
 
     kernel = numba.cfunc(numba.types.void(numba.types.CPointer(numba.types.int64)))(body)
-    threads.run(kernel.address, (taken.ctypes.data,), len(taken), threads.GRAIN_BYTES // 4)
+    threads.run(threads.Kernel(kernel), (taken.ctypes.data,), len(taken), threads.GRAIN_BYTES // 4)
     assert (taken == 1).all()
 
 
@@ -197,8 +197,8 @@ def compile_kernel(numba, monkeypatch, tmp_path):
 
 
 def test_compiled_code_is_cached_between_processes(compile_kernel, tmp_path):
-    assert compile_kernel().cache_hits == 0
-    code = "from common.kernels import shift2d_cpu as k; print(k._compile(k._planes_entry).cache_hits)"
+    assert compile_kernel().compiled.cache_hits == 0
+    code = "from common.kernels import shift2d_cpu as k; print(k._compile(k._planes_entry).compiled.cache_hits)"
     assert python(code, NUMBA_CACHE_DIR=str(tmp_path))[0] == "1"
 
 
