@@ -21,9 +21,9 @@ import torch.nn.functional as F
 
 from benchmarks import timing
 from epsilon_resnet import modules, schedules
+from epsilon_resnet.averages import Statistics
 from epsilon_resnet.engine import SIDE_WEIGHT
 from epsilon_resnet.models import Config, Output, build_model
-from epsilon_resnet.statistics import Statistics
 from epsilon_resnet.training import RECIPES, build_optimizer
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from epsilon_resnet import compression, engine, flags
+from epsilon_resnet import engine, flags, pruning
 from epsilon_resnet.launch import run_training, test_batches_for
 from epsilon_resnet.models import NUM_CLASSES
 from epsilon_resnet.runs import RunError, command_line
@@ -75,17 +75,15 @@ def fine_tune(args, compressed, script, argv):
     network.state = training.net.state_dict()
     path = run.directory.resolve() / f"compressed_model_{training.step}.pth"
     discarded = compressed.fields["discarded_block"]
-    fields = compression.cfg_fields(network, discarded, path, training.step, training.val_error)
-    cfg = compression.write_compressed(
-        network, fields, {"dataset": args.dataset, "pixel_mean": training.data.pixel_mean}
-    )
+    fields = pruning.cfg_fields(network, discarded, path, training.step, training.val_error)
+    cfg = pruning.write_compressed(network, fields, {"dataset": args.dataset, "pixel_mean": training.data.pixel_mean})
     print(f"trained further and saved at {cfg}")
     return 0
 
 
 def run(args, script, argv) -> int:
     """Test, or train further with --epochs; returns the exit status."""
-    compressed = compression.read_compressed(args.cfg)
+    compressed = pruning.read_compressed(args.cfg)
     if compressed.config.arch != "cifar":
         raise RunError(f"{args.cfg} is of an ImageNet network; use imagenetCompressedResnet.py")
     args.dataset, args.num_units = dataset_of(args, compressed.network), compressed.config.size

@@ -24,7 +24,7 @@ import itertools
 import torch
 
 from common.checkpoints import CheckpointError
-from epsilon_resnet import compression, engine, flags, imagenet_inputs, inputs, logfile
+from epsilon_resnet import engine, flags, imagenet_inputs, inputs, logfile, pruning
 from epsilon_resnet.checkpoints import Network, read_network
 from epsilon_resnet.count import comparison
 from epsilon_resnet.launch import test_batches_for
@@ -118,10 +118,10 @@ def calibration_batches(args, network: Network, device):
 def choose(args, network: Network, states: dict[str, float], batches) -> list[str]:
     """The blocks to discard, in network order."""
     if args.criterion == "ema":
-        return compression.by_average(states, network.config)
+        return pruning.by_average(states, network.config)
     if args.criterion == "weights":
-        return compression.by_weights(network.build(), states, args.tol)
-    return compression.by_gates(network.build().to(batches[0][0].device), batches)
+        return pruning.by_weights(network.build(), states, args.tol)
+    return pruning.by_gates(network.build().to(batches[0][0].device), batches)
 
 
 def print_structure(network: Network, compressed: Network, discarded: list[str]):
@@ -129,7 +129,7 @@ def print_structure(network: Network, compressed: Network, discarded: list[str])
     config = compressed.config
     for group, kept in enumerate(config.structure, 1 if config.arch == "cifar" else 0):
         print(f"#block in group{group}: {kept}")
-    print(f"name_mapping: {compression.name_mapping(network.config, discarded)}")
+    print(f"name_mapping: {pruning.name_mapping(network.config, discarded)}")
     first = dict(enumerate(config.discard_first_block, 1 if config.arch == "cifar" else 0))
     print(f"The first block is discarded: {first}")
 
@@ -141,7 +141,7 @@ def print_costs(network: Network, compressed: Network, device):
         print("\n".join(comparison(build_model(network.config), build_model(compressed.config))))
     size, count = (32, 128) if network.config.arch == "cifar" else (224, 8)
     images = torch.randn(count, 3, size, size, device=device)
-    before, after = compression.inference_times(models, images)
+    before, after = pruning.inference_times(models, images)
     print(
         f"inference time ({count} images): {before * 1e3:.1f} ms -> {after * 1e3:.1f} ms ({before / after:.2f}x faster)"
     )
@@ -150,14 +150,14 @@ def print_costs(network: Network, compressed: Network, device):
 def verify(network: Network, compressed: Network, discarded: list[str], batches, device):
     """Compare both networks on test images. Raises RunError if a pruned block was open, or the logits differ."""
     full, small = network.build().to(device), compressed.build().to(device)
-    peaks = dict(zip(network.config.block_names, compression.largest_responses(full, batches).tolist(), strict=True))
+    peaks = dict(zip(network.config.block_names, pruning.largest_responses(full, batches).tolist(), strict=True))
     for name in discarded:
         ratio = peaks[name] / network.epsilon if network.epsilon else float(peaks[name] > 0)
         print(f"{name}: max|F|/epsilon {ratio:.3g}")
     images = sum(len(targets) for _, targets in batches)
-    difference, scale = compression.logit_differences(full, small, batches)
+    difference, scale = pruning.logit_differences(full, small, batches)
     print(f"verified on {images} images: max |logit difference| {difference:.3g} (largest logit {scale:.3g})")
-    closed = compression.by_gates(full, batches)
+    closed = pruning.by_gates(full, batches)
     live = [name for name in discarded if name not in closed]
     if live:
         raise RunError(f"{', '.join(live)} would be pruned but passed images on; use --criterion gate or weights")
@@ -178,21 +178,21 @@ def main(argv=None):
     path = find_model(log_path.parent, args.step)
     load_state(path)  # its checksums
     network = read_network(path)
-    compression.check_step(path, network, args.step)
+    pruning.check_step(path, network, args.step)
     if not network.config.gated:
         raise CheckpointError(f"{path}: this network has no gates, there is nothing to compress")
     needs_images = args.verify or args.criterion == "gate"
     states, val_error = read_states(log_path, network, args.step)
     batches = calibration_batches(args, network, device) if needs_images else None
     discarded = choose(args, network, states, batches)
-    compressed = compression.compress_network(network, discarded)
+    compressed = pruning.compress_network(network, discarded)
     print_structure(network, compressed, discarded)
     if args.verify:
         verify(network, compressed, discarded, batches, device)
     target = path.resolve().with_name(f"compressed_model_{args.step}.pth")
-    fields = compression.cfg_fields(compressed, discarded, target, args.step, val_error)
+    fields = pruning.cfg_fields(compressed, discarded, target, args.step, val_error)
     extra = {"dataset": network.content.get("dataset"), "pixel_mean": network.pixel_mean}
-    compression.write_compressed(compressed, fields, extra)
+    pruning.write_compressed(compressed, fields, extra)
     print_costs(network, compressed, device)
     if not discarded:
         print("note: no block is discarded, the network keeps all of its blocks")

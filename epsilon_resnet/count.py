@@ -74,7 +74,7 @@ def _config(args) -> Config:
 
 
 def describe(config: Config) -> list[str]:
-    """The counts of a network, one line each, and for a compressed one the same before compression."""
+    """The counts of a network, one line each, and for a compressed one the same before pruning."""
     with torch.device("meta"):  # shapes are enough
         model = build_model(config)
     names = ("layers", "blocks", "parameters", "parameters without side branch", "multiply-adds")
@@ -102,7 +102,7 @@ def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.cfg:
-        from epsilon_resnet.compression import read_compressed
+        from epsilon_resnet.pruning import read_compressed
 
         config = read_compressed(args.cfg).config
     else:

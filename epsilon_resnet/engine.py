@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from common.checkpoints import CheckpointError
 from common.data import DataError
+from epsilon_resnet.averages import top_k_errors, top_ks
 from epsilon_resnet.runs import RunError
-from epsilon_resnet.statistics import top_k_errors, top_ks
 
 SIDE_WEIGHT = 0.1
 SECONDS_BETWEEN_LINES = 120.0

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from epsilon_resnet import cifarCompressedResnet as cifar
-from epsilon_resnet import compression, engine, flags
+from epsilon_resnet import engine, flags, pruning
 from epsilon_resnet import imagenetEpsilonResnet as imagenet
 from epsilon_resnet.checkpoints import read_network
 from epsilon_resnet.launch import exit_status, run_training
@@ -31,7 +31,7 @@ def main(argv=None):
     asked = parser.parse_args(argv).epochs
     args = imagenet.parse_args(argv, __file__, parser)
     if args.cfg:
-        compressed = compression.read_compressed(args.cfg)
+        compressed = pruning.read_compressed(args.cfg)
         if compressed.config.arch != "imagenet":
             raise RunError(f"{args.cfg} is of a CIFAR or SVHN network; use the script of that data set")
         cifar.print_fields(compressed)

@@ -71,7 +71,7 @@ class Config:
 
     @property
     def full_structure(self) -> tuple[int, ...]:
-        """Blocks per group before compression."""
+        """Blocks per group before pruning."""
         return (self.size,) * 3 if self.arch == "cifar" else IMAGENET_BLOCKS[self.size]
 
     @property

@@ -11,10 +11,10 @@ from torch import nn
 
 from common.data import DataError
 from epsilon_resnet import engine, imagenet_inputs, inputs, schedules
+from epsilon_resnet.averages import Statistics, block_averages, side_name
 from epsilon_resnet.checkpoints import read_network
 from epsilon_resnet.models import NUM_CLASSES, Config, build_model, config_from_dict
 from epsilon_resnet.runs import Run, RunError, load_state
-from epsilon_resnet.statistics import Statistics, block_averages, side_name
 
 MOMENTUM = 0.9
 RESULT_FLAGS = (

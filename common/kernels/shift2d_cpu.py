@@ -243,9 +243,10 @@ def _rows_entry(arguments):
 def _compile(function):
     signature = types.void(types.CPointer(types.int64))
     try:
-        return cfunc(signature, cache=True)(function)
+        compiled = cfunc(signature, cache=True)(function)
     except Exception:  # of the cache (no place to write, full disk, damaged file); any other comes again without it
-        return cfunc(signature)(function)
+        compiled = cfunc(signature)(function)
+    return threads.Kernel(compiled)
 
 
 @functools.cache
@@ -256,29 +257,30 @@ def load():
     return _compile(_planes_entry), _compile(_rows_entry)
 
 
-def _extended(masks):
-    # Each row repeats; VECTOR bytes more than a period let a vector start anywhere in it.
-    period = masks.shape[1]
-    return np.ascontiguousarray(masks[:, np.arange(period + VECTOR) % period] * np.uint8(255))
+def _masks(periods):
+    # (address, period in bytes, array to keep). Rows repeat; VECTOR bytes more let a vector start anywhere in a period.
+    period = periods.shape[1]
+    masks = np.ascontiguousarray(periods[:, np.arange(period + VECTOR) % period] * np.uint8(255))
+    return masks.ctypes.data, period, masks
 
 
 @functools.lru_cache(maxsize=64)
 def _edge_masks(width, item, k, step):
-    """(k, width * item + VECTOR) bytes: 255 where column j has its source, j + step * (tap - k // 2), in the row."""
+    """Masks of k rows of width * item bytes: set where column j has its source j + step * (tap - k // 2) in the row."""
     source = np.arange(width) + step * (np.arange(k)[:, None] - k // 2)
-    return _extended(np.repeat((source >= 0) & (source < width), item, axis=1))
+    return _masks(np.repeat((source >= 0) & (source < width), item, axis=1))
 
 
 @functools.lru_cache(maxsize=64)
 def _tap_masks(channels, item, k):
-    """(2k, block + VECTOR) bytes: 255 where a channel moves by vertical tap 0..k-1, then by horizontal tap 0..k-1."""
+    """Masks of 2k rows of whole pixels: set where a channel moves by vertical, then by horizontal tap 0 to k-1."""
     channel = np.arange(channels)
     moves = channel < channels // (k * k) * (k * k)
     taps = np.arange(k)[:, None]
     down, across = (np.where(moves, tap, k // 2) == taps for tap in (channel // k % k, channel % k))
     pixel = np.repeat(np.concatenate([down, across]), item, axis=1)
     unit = np.lcm(pixel.shape[1], VECTOR)  # whole pixels and whole vectors
-    return _extended(np.tile(pixel, (1, unit // pixel.shape[1] * max(1, MASK_BLOCK // unit))))
+    return _masks(np.tile(pixel, (1, unit // pixel.shape[1] * max(1, MASK_BLOCK // unit))))
 
 
 def shift2d_cpu(x, y, kernel_size, dilation, direction, channels_last):
@@ -287,6 +289,7 @@ def shift2d_cpu(x, y, kernel_size, dilation, direction, channels_last):
     Returns True: there is no size that it cannot do.
     """
     planes, rows = load()
+    threads.advise_large_pages(y)
     n, channels, height, width = x.shape
     item = x.element_size()
     # Beyond the image a longer step changes nothing; a shorter one cannot overflow.
@@ -294,13 +297,12 @@ def shift2d_cpu(x, y, kernel_size, dilation, direction, channels_last):
     addresses = x.data_ptr(), y.data_ptr()
     if channels_last:
         pixel = channels * item
-        masks = _tap_masks(channels, item, kernel_size)
+        masks, block, _ = _tap_masks(channels, item, kernel_size)
         margin = kernel_size // 2 * abs(step_x) * pixel
-        sizes = (masks.shape[1] - VECTOR, pixel, height, width, kernel_size, step_y, step_x)
-        arguments = (*addresses, masks.ctypes.data, *sizes)
-        threads.run(rows.address, arguments, n * height, width * pixel, scratch_bytes=2 * (width * pixel + margin))
+        arguments = (*addresses, masks, block, pixel, height, width, kernel_size, step_y, step_x)
+        threads.run(rows, arguments, n * height, width * pixel, scratch_bytes=2 * (width * pixel + margin))
     else:
-        masks = _edge_masks(width, item, kernel_size, step_x)
-        sizes = (channels, height, width * item, kernel_size, step_y, step_x * item)
-        threads.run(planes.address, (*addresses, masks.ctypes.data, *sizes), n * channels, height * width * item)
+        masks, row, _ = _edge_masks(width, item, kernel_size, step_x)
+        arguments = (*addresses, masks, channels, height, row, kernel_size, step_y, step_x * item)
+        threads.run(planes, arguments, n * channels, height * row)
     return True

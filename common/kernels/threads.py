@@ -9,16 +9,15 @@ dead, and a torch without GNU OpenMP use Python threads of our own, side by side
 
 import ctypes
 import functools
+import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 
 MIN_PARALLEL_BYTES = 512 * 1024  # below this, waking the other threads takes longer than the work
 GRAIN_BYTES = 128 * 1024
-_KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)  # such a call releases the interpreter's lock
 _forked = False
 
 
@@ -32,6 +31,11 @@ def _openmp_parallel():
         return None
     parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
     return parallel
+
+
+@functools.cache
+def _libc():
+    return ctypes.CDLL(None)
 
 
 @functools.cache
@@ -49,6 +53,28 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+class Kernel:
+    """A C function void(int64 *), given as numba's cfunc, for `run`; see there for what it is called with."""
+
+    def __init__(self, compiled):
+        self.compiled = compiled  # keeps the code alive
+        self.address = compiled.address
+        self.call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)  # releases the interpreter's lock
+
+
+def advise_large_pages(tensor):
+    """Ask Linux for 2 MiB pages under a new CPU tensor that will be written in full; does nothing elsewhere.
+
+    glibc maps a block of more than 32 MiB afresh each time, and its first touch in pages of 4 KiB takes several times
+    as long as the work. Smaller blocks are reused, their pages present.
+    """
+    size = tensor.numel() * tensor.element_size()
+    if size > 32 * 2**20 and hasattr(mmap, "MADV_HUGEPAGE"):
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (tensor.data_ptr() + size) // mmap.PAGESIZE * mmap.PAGESIZE
+        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
+
+
 def thread_count(items, item_bytes):
     """1, or torch.get_num_threads() where `items` pieces of `item_bytes` bytes are enough work to share.
 
@@ -57,8 +83,8 @@ def thread_count(items, item_bytes):
     return torch.get_num_threads() if items > 1 and items * item_bytes >= MIN_PARALLEL_BYTES else 1
 
 
-def run(address, arguments, items, item_bytes, scratch_bytes=0):
-    """Call the C function void(int64 *) at `address` on every thread; return when all items are done.
+def run(kernel, arguments, items, item_bytes, scratch_bytes=0):
+    """Call a Kernel on every thread; return when all `items` pieces of work, of `item_bytes` bytes each, are done.
 
     It gets: address of two counters, scratch, scratch_bytes, grain, items, then `arguments` (integers). It takes
     `grain` items at a time by adding atomically to the first counter until `items` is reached, so a slow thread leaves
@@ -67,25 +93,25 @@ def run(address, arguments, items, item_bytes, scratch_bytes=0):
     threads = thread_count(items, item_bytes)
     grain = items if threads == 1 else max(1, GRAIN_BYTES // item_bytes)
     counters = (ctypes.c_int64 * 2)()
-    scratch = np.zeros(threads * scratch_bytes, np.uint8)
-    values = (ctypes.addressof(counters), scratch.ctypes.data, scratch_bytes, grain, items, *arguments)
+    scratch = (ctypes.c_uint8 * (threads * scratch_bytes))()
+    values = (ctypes.addressof(counters), ctypes.addressof(scratch), scratch_bytes, grain, items, *arguments)
     block = (ctypes.c_int64 * len(values))(*values)
     if threads == 1:
-        _KERNEL(address)(ctypes.addressof(block))
+        kernel.call(ctypes.addressof(block))
     elif _openmp_parallel() and not _forked:
-        _openmp_parallel()(address, ctypes.addressof(block), threads, 0)
+        _openmp_parallel()(kernel.address, ctypes.addressof(block), threads, 0)
     else:
-        _run_in_pool(_KERNEL(address), ctypes.addressof(block), threads)
+        _run_in_pool(kernel.call, ctypes.addressof(block), threads)
 
 
-def _run_in_pool(kernel, block, threads):
+def _run_in_pool(call, block, threads):
     helpers = []
     try:
         for _ in range(threads - 1):
-            helpers.append(_pool().submit(kernel, block))
+            helpers.append(_pool().submit(call, block))
     except RuntimeError:
         pass  # the interpreter is shutting down and starts no threads: this one does all the work
-    kernel(block)
+    call(block)
     # A helper that has not started by now has nothing left to do: take it back instead of waiting for it.
     for helper in helpers:
         if not helper.cancel():

@@ -10,12 +10,12 @@ from common.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from epsilon_resnet import (
     cifarCompressedResnet,
     cifarEpsilonResnet,
-    compression,
     compressModel,
     count,
     engine,
     inputs,
     logfile,
+    pruning,
     svhnCompressedResnet,
 )
 from epsilon_resnet.checkpoints import Network, read_network
@@ -84,10 +84,10 @@ def test_a_live_block_is_never_pruned_by_weights_or_gates(folder):
         state["ema"][f"{name}/is_discarded"] = 0.0
     network = Network(state["model"], Config("cifar", 2), 0.5, state)
     averages = {name: 0.0 for name in network.config.block_names}
-    assert compression.by_weights(network.build(), averages) == [], "open in training: live, however small"
+    assert pruning.by_weights(network.build(), averages) == [], "open in training: live, however small"
     averages |= {"res1.1": 1.0, "res2.0": 1.0}
-    assert compression.by_weights(network.build(), averages) == ["res1.1", "res2.0"]
-    assert compression.by_average(averages | {"res3.1": 0.99999}, network.config) == ["res1.1", "res2.0"]
+    assert pruning.by_weights(network.build(), averages) == ["res1.1", "res2.0"]
+    assert pruning.by_average(averages | {"res3.1": 0.99999}, network.config) == ["res1.1", "res2.0"]
 
 
 def test_verification_refuses_a_block_that_lets_images_pass(folder, capsys):
@@ -121,7 +121,7 @@ def test_states_come_from_the_log_if_the_checkpoint_has_none(folder, capsys):
     discarded, _, matched = logfile.discarded_in_log(logfile.messages(text), 6)
     assert compress(folder) == 0
     assert all(line in capsys.readouterr().out or True for line in matched)
-    assert compression.read_cfg(folder / "compressed_model_6.cfg")["discarded_block"] == discarded
+    assert pruning.read_cfg(folder / "compressed_model_6.cfg")["discarded_block"] == discarded
 
 
 def test_a_log_without_states_and_missing_steps(folder, capsys):
@@ -151,19 +151,19 @@ def test_a_cfg_and_weights_that_do_not_belong_together(folder, capsys):
     cfg = folder / "compressed_model_6.cfg"
     cfg.write_text(cfg.read_text().replace("structure: [1, 1, 2]", "structure: [2, 1, 2]"))
     with pytest.raises(RunError, match=r"do not belong together: the .cfg has N 2 and structure \(2, 1, 2\)"):
-        compression.read_compressed(cfg)
+        pruning.read_compressed(cfg)
     cfg.write_text("N: 2\n")
     with pytest.raises(RunError, match="has no model, step"):
-        compression.read_compressed(cfg)
+        pruning.read_compressed(cfg)
     with pytest.raises(RunError, match="cannot read .*nothing.cfg"):
-        compression.read_compressed(folder / "nothing.cfg")
+        pruning.read_compressed(folder / "nothing.cfg")
 
 
 def test_a_moved_folder_still_loads_and_the_data_set_follows_from_the_checkpoint(folder, tmp_path, capsys):
     assert compress(folder) == 0
     moved = folder.rename(tmp_path / "moved")
     cfg = moved / "compressed_model_6.cfg"
-    assert compression.read_compressed(cfg).path == moved / "compressed_model_6.pth"
+    assert pruning.read_compressed(cfg).path == moved / "compressed_model_6.pth"
     with pytest.raises(RunError, match="the network has 10 classes, cifar100 has 100"):
         cifarCompressedResnet.main(["--gpu=0", f"--cfg={cfg}", "--cifar100", *DATA])
     assert svhnCompressedResnet.main(["--gpu=0", f"--cfg={cfg}", *DATA]) == 0
@@ -177,8 +177,8 @@ def test_a_compressed_network_is_trained_further(folder, tmp_path, capsys):
              "--epochs=1", "--train-size=48", "--batch_size=16", "--seed=1"]  # fmt: skip
     assert cifarCompressedResnet.main(flags) == 0
     tuned = tmp_path / "train_log.fine" / "compressed_model_3.cfg"
-    found = compression.read_compressed(tuned)
-    before = compression.read_compressed(folder / "compressed_model_6.cfg")
+    found = pruning.read_compressed(tuned)
+    before = pruning.read_compressed(folder / "compressed_model_6.cfg")
     assert found.config == before.config
     assert not torch.equal(found.network.state["conv0.weight"], before.network.state["conv0.weight"])
     capsys.readouterr()

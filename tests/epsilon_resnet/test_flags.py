@@ -4,6 +4,7 @@ import csv
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -175,3 +176,10 @@ def test_counts(words, parameters, without, macs, capsys):
     lines = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
     assert lines["parameters"] == str(parameters) and lines["multiply-adds"] == str(macs)
     assert lines["parameters without side branch"] == str(without)
+
+
+def test_no_module_hides_one_of_python():
+    """A script's own folder comes first on the path: statistics.py here would break torch.compile."""
+    later = {"compression", "annotationlib"}  # new in Python 3.14
+    ours = {path.stem for path in PAPER.glob("*.py")} - {"__init__"}
+    assert not ours & (set(sys.stdlib_module_names) | later)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from epsilon_resnet import compression, logfile, modules, schedules, training
+from epsilon_resnet import logfile, modules, pruning, schedules, training
 from epsilon_resnet.checkpoints import Network
 from epsilon_resnet.count import count_macs, count_parameters
 from epsilon_resnet.engine import SIDE_WEIGHT
@@ -260,13 +260,13 @@ def test_compression(case):
             block = model.block(name)
             getattr(block, block.last_convolution).weight.zero_()
     full = Network(model.state_dict(), model.config, 0.0, {})
-    compressed = compression.compress_network(full, case["discarded_block"])
+    compressed = pruning.compress_network(full, case["discarded_block"])
     config = compressed.config
     assert [list(config.structure), list(config.discard_first_block)] == [
         case["structure"],
         case["discard_first_block"],
     ]
-    assert compression.name_mapping(model.config, case["discarded_block"]) == case["name_mapping"]
+    assert pruning.name_mapping(model.config, case["discarded_block"]) == case["name_mapping"]
     assert_keys(case, compressed.state)
     small = compressed.build()
     assert count_parameters(small) == case["params_compressed"]

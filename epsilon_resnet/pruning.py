@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from common.checkpoints import CheckpointError, save_checkpoint
+from epsilon_resnet.averages import CLOSED
 from epsilon_resnet.checkpoints import Network, read_network
 from epsilon_resnet.logfile import network_order
 from epsilon_resnet.models import Config, ResNet, build_model
 from epsilon_resnet.modules import is_closed
 from epsilon_resnet.runs import RunError
-from epsilon_resnet.statistics import CLOSED
 
 CFG_KEYS = ("N", "model", "step", "discarded_block", "is_cifar_model", "discard_first_block", "structure", "val_error")
 
