@@ -234,7 +234,21 @@ def evaluate(model, batches, *, world=World(), shown=True) -> dict:
 
 
 def run_script(main, argv=None) -> int:
-    """Run a script's `main`; a user's mistake becomes one line on stderr and exit status 1 (--debug: the traceback)."""
+    """Run a script's `main`; a user's mistake becomes one line on stderr and exit status 1 (--debug: the traceback).
+
+    Returns the exit status. A process among several of `torchrun` does not return: it ends here.
+    """
+    status = _status_of(main, argv)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Gloo's threads outlive the group; one that frees a tensor while Python shuts down would abort the process.
+        os._exit(status)
+    return status
+
+
+def _status_of(main, argv) -> int:
     try:
         return main(argv) or 0
     except (RunError, CheckpointError, DataError) as error:
@@ -245,6 +259,3 @@ def run_script(main, argv=None) -> int:
     except KeyboardInterrupt:
         print("interrupted; with --auto-resume the same command goes on after the last finished epoch", file=sys.stderr)
         return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()

@@ -258,7 +258,21 @@ def evaluate(model: nn.Module, loader, *, world=World()) -> tuple[float, float, 
 
 
 def run_script(main, argv=None) -> int:
-    """Run a script's `main`; a user's mistake becomes one line on stderr and exit status 1 (--debug: the traceback)."""
+    """Run a script's `main`; a user's mistake becomes one line on stderr and exit status 1 (--debug: the traceback).
+
+    Returns the exit status. A process among several of `torchrun` does not return: it ends here.
+    """
+    status = _status_of(main, argv)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Gloo's threads outlive the group; one that frees a tensor while Python shuts down would abort the process.
+        os._exit(status)
+    return status
+
+
+def _status_of(main, argv) -> int:
     try:
         main(argv)
         return 0
@@ -270,6 +284,3 @@ def run_script(main, argv=None) -> int:
     except KeyboardInterrupt:
         print("interrupted; a training command goes on with --resume after the last finished epoch", file=sys.stderr)
         return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
