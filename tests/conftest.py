@@ -8,15 +8,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Two papers in progress: their tests have not been seen to pass as a whole. Remove a paper's lines
-# here when it is finished; until then `pytest tests/<paper>` by name is how to see where it stands.
-collect_ignore = [
-    "shared_bases",
-    "epsilon_resnet",
-    "golden/test_shared_bases.py",
-    "golden/test_epsilon_resnet.py",
-]
-
 
 def _shared_dir():
     return Path(os.environ.get("SHARED_DIR", ROOT.parent / "shared"))
