@@ -11,6 +11,8 @@ import argparse
 import csv
 import json
 import re
+import shlex
+import statistics
 import sys
 from pathlib import Path
 
@@ -21,7 +23,7 @@ COLUMNS = (
     "best_epoch", "top1_paper", "params", "macs", "seconds", "hardware", "versions", "commit", "log",
 )  # fmt: skip
 START, END = "<!-- results -->", "<!-- /results -->"
-PATH_FLAGS = ("data_dir", "output_dir")
+OTHER_TABLES = ("superseded", "read by eye", "first README")  # of published.csv
 
 
 class ReportError(Exception):
@@ -43,25 +45,32 @@ def read_run(run_dir: Path) -> tuple[dict, list[dict], dict]:
 
 
 def published_top1(paper: str, command: str | None) -> str:
-    """Published top-1 of the original's command, '' if there is none."""
+    """Published top-1 accuracy in percent of the original's command, '' if there is none."""
     if command is None:
         return ""
     with open(ROOT / paper / "published.csv", newline="") as file:
         for row in csv.DictReader(file):
-            if (
-                row["command"] == f"python {command}"
-                and row["metric"] == "top1_acc_percent"
-                and "README" in row["table"]
-            ):
-                return row["value"]
+            same = row["command"].removeprefix("python3 ").removeprefix("python ") == command
+            if same and not any(word in row["table"] for word in OTHER_TABLES):
+                if row["metric"] in ("top1_acc_percent", "top1"):
+                    return row["value"]
+                if row["metric"] == "top1_error_percent":
+                    return f"{100 - float(row['value']):g}"
+                if row["metric"] in ("top1_error", "val_error"):  # fractions
+                    return f"{100 - 100 * float(row['value']):g}"
     return ""
 
 
 def without_paths(header: dict) -> dict:
     """The header as it may be published: where this machine keeps its files is nobody's business."""
-    args = {name: value for name, value in header["args"].items() if name not in PATH_FLAGS}
-    command = re.sub(r"(--(?:data-?dir|output-dir))[= ]\S+", r"\1 DIR", header["command"])
-    return {**header, "args": args, "command": command}
+    args = {name: value for name, value in header["args"].items() if not _is_outside(value)}
+    words = shlex.split(header["command"])
+    words = [re.sub(r"^(--[\w-]+=)?/.*", r"\1DIR", word) for word in words]
+    return {**header, "args": args, "command": shlex.join(words)}
+
+
+def _is_outside(value) -> bool:
+    return isinstance(value, str) and value.startswith("/")
 
 
 def record(run_dir: Path) -> Path:
@@ -81,7 +90,7 @@ def record(run_dir: Path) -> Path:
     row = {
         **{key: result[key] for key in ("epochs", "epochs_in_paper", "top1", "best_top1", "best_epoch")},
         **{key: header[key] for key in ("command", "reproduces", "seed", "params", "macs", "hardware", "commit")},
-        "script": header["command"].split()[1],
+        "script": shlex.split(header["command"])[1],
         "dataset": header["data"],
         "top1_paper": published_top1(paper, header["reproduces"]),
         "seconds": round(result["seconds"]),
@@ -104,6 +113,40 @@ def read_results(paper: str) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+def without_seed(command: str) -> str:
+    return re.sub(r" --seed[= ]\d+", "", command)
+
+
+def groups_of_seeds(rows: list[dict]) -> list[list[dict]]:
+    """Rows that differ in the seed only, together."""
+    groups = {}
+    for row in rows:
+        groups.setdefault((without_seed(row["command"]), row["dataset"], row["epochs"]), []).append(row)
+    return list(groups.values())
+
+
+def mean_and_deviation(rows: list[dict], column: str) -> str:
+    """Mean of a column in percent; of several rows also the standard deviation and their number."""
+    values = [float(row[column]) for row in rows]
+    text = f"{statistics.fmean(values):.2f}"
+    return f"{text}%" if len(values) == 1 else f"{text} ± {statistics.stdev(values):.2f}% (n = {len(values)})"
+
+
+def table_row(rows: list[dict]) -> str:
+    """Runs that differ in the seed only, as a line of the table."""
+    row = rows[0]
+    epochs = f"{row['epochs']} / {row['epochs_in_paper']}"
+    if int(row["epochs"]) < int(row["epochs_in_paper"]) or "--train-size" in row["command"]:
+        epochs = f"**short:** {epochs}"
+    minutes = statistics.fmean(float(row["seconds"]) for row in rows) / 60
+    best = mean_and_deviation(rows, "best_top1") + (f" ({row['best_epoch']})" if len(rows) == 1 else "")
+    logs = " ".join(f"[{'log' if len(rows) == 1 else one['seed']}]({one['log']})" for one in rows)
+    command = row["command"] if len(rows) == 1 else without_seed(row["command"])
+    cells = (f"`{command}`", row["dataset"], f"{row['top1_paper']}%" if row["top1_paper"] else "none",
+             mean_and_deviation(rows, "top1"), best, epochs, f"{minutes:.0f} min, {row['hardware']}", logs)  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
 def results_table(paper: str) -> str:
     """Recorded runs as a Markdown table: the paper's number, ours, epochs run of epochs in the paper."""
     rows = read_results(paper)
@@ -112,21 +155,12 @@ def results_table(paper: str) -> str:
     lines = [
         "| command | data | paper | here, last | here, best¹ | epochs run / in paper | time, hardware | log |",
         "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        epochs = f"{row['epochs']} / {row['epochs_in_paper']}"
-        if int(row["epochs"]) < int(row["epochs_in_paper"]):
-            epochs = f"**short:** {epochs}"
-        paper_top1 = f"{row['top1_paper']}%" if row["top1_paper"] else "none"
-        minutes = f"{float(row['seconds']) / 60:.0f} min, {row['hardware']}"
-        best = f"{float(row['best_top1']):.2f}% ({row['best_epoch']})"
-        cells = (f"`{row['command']}`", row["dataset"], paper_top1, f"{float(row['top1']):.2f}%", best, epochs, minutes,
-                 f"[log]({row['log']})")  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [
+        *map(table_row, groups_of_seeds(rows)),
         "",
         "¹ top-1 accuracy of the epoch that is best on the test set, as the paper reports it; counted from 0.",
     ]
+    if len(groups_of_seeds(rows)) < len(rows):
+        lines[-1] += " Several seeds: mean ± standard deviation."
     return "\n".join(lines)
 
 
@@ -137,6 +171,18 @@ def readme_with_table(paper: str) -> str:
         raise ReportError(f"{paper}/README.md has no {START} … {END} markers")
     before, rest = text.split(START, 1)
     return f"{before}{START}\n{results_table(paper)}\n{END}{rest.split(END, 1)[1]}"
+
+
+def read_epochs(paper: str, row: dict) -> list[dict]:
+    lines = [json.loads(line) for line in (ROOT / paper / row["log"]).read_text().splitlines()]
+    return [line for line in lines if line["type"] == "epoch"]
+
+
+def curve_label(row: dict, groups: list[list[dict]]) -> str:
+    """Name of a run in a legend: its directory; the data set too where the runs have several."""
+    name = re.sub(r"-[^-]+-seed\d+-\d+epochs$", "", Path(row["log"]).stem)
+    several = len({group[0]["dataset"] for group in groups}) > 1
+    return f"{name}, {row['dataset']}" if several else name
 
 
 def plot_curves(paper: str) -> Path | None:
@@ -150,22 +196,27 @@ def plot_curves(paper: str) -> Path | None:
     import matplotlib.pyplot as plt
 
     figure, (error_axes, loss_axes) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for index, row in enumerate(rows):
-        lines = [json.loads(line) for line in (ROOT / paper / row["log"]).read_text().splitlines()]
-        epochs = [line for line in lines if line["type"] == "epoch"]
-        numbers = [line["epoch"] + 1 for line in epochs]
-        style = {"color": f"C{index}", "marker": "o", "markersize": 3}
-        label = Path(row["log"]).stem.split("-")[0].replace("_", ", expansion ", 1)
-        error_axes.plot(
-            numbers, [100 - line["test_top1"] for line in epochs], label=f"{label}, {row['dataset']}", **style
-        )
-        loss_axes.plot(numbers, [line["train_loss"] for line in epochs], label=f"{label}, training", **style)
-        loss_axes.plot(numbers, [line["test_loss"] for line in epochs], "--", label=f"{label}, test", **style)
+    groups = groups_of_seeds(rows)
+    for index, group in enumerate(groups):
+        epochs = list(zip(*(read_epochs(paper, row) for row in group), strict=True))  # the same epoch of each seed
+        numbers = [same[0]["epoch"] + 1 for same in epochs]
+        style = {"color": f"C{index % 10}", "marker": "os^D"[index // 10 % 4], "markersize": 3}
+        label = curve_label(group[0], groups)
+        mean = {key: [statistics.fmean(line[key] for line in same) for same in epochs]
+                for key in ("test_top1", "train_loss", "test_loss")}  # fmt: skip
+        error_axes.plot(numbers, [100 - value for value in mean["test_top1"]], label=label, **style)
+        loss_axes.plot(numbers, mean["train_loss"], **style)
+        loss_axes.plot(numbers, mean["test_loss"], "--", **style)
+    loss_axes.plot([], [], color="grey", label="training")
+    loss_axes.plot([], [], "--", color="grey", label="test")
     error_axes.set(title="Test error", xlabel="epoch", ylabel="top-1 error (%)", ylim=(0, None))
     loss_axes.set(title="Loss", xlabel="epoch", ylabel="cross entropy (nats)", ylim=(0, None))
+    loss_axes.legend(fontsize=8, frameon=False)
+    figure.legend(
+        *error_axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False
+    )
     for axes in (error_axes, loss_axes):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, frameon=False)
         axes.xaxis.get_major_locator().set_params(integer=True)
     folder = ROOT / paper / "plots"
     folder.mkdir(exist_ok=True)

@@ -38,16 +38,16 @@ def repository(tmp_path, monkeypatch):
     return tmp_path
 
 
-def write_run(folder, finished=True):
+def write_run(folder, finished=True, seed=1, top1=41.0):
     paths = "--data-dir /home/me/data --output-dir=/home/me/x"
     header = {
         "type": "run",
         "paper": "shiftresnet",
         "reproduces": "main.py --arch=shiftresnet20 --expansion=3 --dataset=cifar10",
-        "command": f"python shiftresnet/main.py --arch=shiftresnet20 --expansion=3 {paths}",
+        "command": f"python shiftresnet/main.py --arch=shiftresnet20 --expansion=3 --seed={seed} {paths}",
         "data": "cifar10",
         "args": {"dataset": "cifar10", "data_dir": "/home/me/data", "output_dir": "/home/me/x"},
-        "seed": 1,
+        "seed": seed,
         "params": 95642,
         "macs": 17,
         "hardware": "CPU",
@@ -55,10 +55,10 @@ def write_run(folder, finished=True):
         "commit": "abc",
     }
     epochs = [
-        {"type": "epoch", "epoch": n, "test_top1": 40.0 + n, "train_loss": 2.0 - n, "test_loss": 2.1 - n}
+        {"type": "epoch", "epoch": n, "test_top1": top1 - 1 + n, "train_loss": 2.0 - n, "test_loss": 2.1 - n}
         for n in (0, 1)
     ]
-    result = {"type": "result", "top1": 41.0, "best_top1": 41.0, "best_epoch": 1, "epochs": 2, "epochs_in_paper": 160,
+    result = {"type": "result", "top1": top1, "best_top1": top1, "best_epoch": 1, "epochs": 2, "epochs_in_paper": 160,
               "seconds": 61.0, "checkpoint": "/home/me/x/shiftresnet20_3.0.t7"}  # fmt: skip
     folder.mkdir()
     lines = [header, *epochs, *([result] if finished else [])]
@@ -80,6 +80,28 @@ def test_recording_a_run_writes_csv_log_table_and_curves(repository, capsys):
     assert (repository / "shiftresnet" / "plots" / "curves.png").stat().st_size > 10_000
     assert report.main(["--record", str(run)]) == 1
     assert "is recorded already" in capsys.readouterr().err
+
+
+def test_seeds_of_one_command_share_a_line(repository):
+    runs = [write_run(repository / f"shiftresnet20_3.0.{seed}", seed=seed, top1=39.0 + seed) for seed in (1, 2, 3)]
+    assert report.main(["--record", *map(str, runs)]) == 0
+    table = (repository / "shiftresnet" / "README.md").read_text()
+    assert "| 89.56% | 41.00 ± 1.00% (n = 3) | 41.00 ± 1.00% (n = 3) | **short:** 2 / 160 |" in table
+    assert table.count("main.py") == 1 and "--seed" not in table
+    assert [f"[{seed}](logs/" in table for seed in (1, 2, 3)] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    "paper, command, top1",
+    [
+        ("shiftresnet", "main.py --arch=shiftresnet20 --expansion=3 --dataset=cifar10", "89.56"),
+        ("epsilon_resnet", "cifarEpsilonResnet.py --gpu 1 -n 18 -e 2.5 -o cifar10-e_2.5-n_18 --cifar10", "94.76"),
+        ("shiftresnet", "main.py --arch=nothing", ""),
+        ("shiftresnet", None, ""),
+    ],
+)
+def test_published_numbers_are_accuracies(paper, command, top1):
+    assert report.published_top1(paper, command) == top1
 
 
 def test_an_unfinished_or_missing_run_is_refused(repository, capsys):
