@@ -1,5 +1,15 @@
 """Operations that PyTorch lacks, as torch operators: plain PyTorch reference, numba on the CPU, CUDA through CuPy."""
 
+from common.kernels.bitshift import bitshift_conv2d, bitshift_linear, overflow_count
+from common.kernels.bitshift_pack import PackedShiftWeights, pack_shift_weights
 from common.kernels.shift2d import shift2d, shift2d_reference
 
-__all__ = ["shift2d", "shift2d_reference"]
+__all__ = [
+    "PackedShiftWeights",
+    "bitshift_conv2d",
+    "bitshift_linear",
+    "overflow_count",
+    "pack_shift_weights",
+    "shift2d",
+    "shift2d_reference",
+]

@@ -1,0 +1,376 @@
+"""Linear layers and convolutions whose weights are powers of two, computed from packed codes (DeepShift, S3).
+
+Two arithmetics. "float": each code becomes its exact power of two, products are accumulated in float32. "fixed": the
+papers' integers, one bitwise shift and one addition or subtraction per weight (DeepShift, Sec. 3 and its kernels).
+Both are torch operators, effnets::bitshift_linear and effnets::bitshift_conv2d: numba on the CPU, CuPy on CUDA devices,
+plain PyTorch elsewhere, which is the definition: unpack, then the library's product. Forward only.
+"""
+
+import functools
+import logging
+import threading
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.kernels.bitshift_pack import (
+    PackedShiftWeights,
+    code_bytes,
+    pack_shift_weights,
+    unpack_codes,
+    unpack_integers,
+)
+
+__all__ = ["PackedShiftWeights", "bitshift_conv2d", "bitshift_linear", "overflow_count", "pack_shift_weights"]
+
+FLOAT = -1  # `fraction` of the operators that asks for float arithmetic
+MOST_LEFT_SHIFT = 16  # of the fixed-point path: exact 64-bit sums up to here
+MOST_TERMS = 2**22  # of one fixed-point sum: below this, 32-bit terms add up exactly in float64
+_log = logging.getLogger("effnets")
+
+
+class Weights(NamedTuple):
+    """What a kernel needs of PackedShiftWeights."""
+
+    codes: Tensor
+    shape: tuple[int, ...]
+    bits: int
+    base: int
+    zero: bool
+
+
+def bitshift_linear(x, packed, bias=None, arithmetic="float", activation_bits=(16, 16)):
+    """x @ W.T + bias with packed power-of-two weights W of shape (out, in).
+
+    x: (..., in), floating, any device; bias: (out,) floating or None. Returns (..., out) in x's dtype.
+    packed: PackedShiftWeights on x's device. arithmetic: "float", accumulated in at least float32; or "fixed", with
+    activation_bits = (integer, fraction): x and bias become integers by truncation of x * 2**fraction, every product is
+    rounded down to a multiple of 2**-fraction, sums are int32 and wrap. x and bias may also be these int32 integers
+    themselves; then the result is int32 too. Integers that do not fit are counted: see `overflow_count`.
+    Raises TypeError and ValueError for arguments other than these; RuntimeError when a gradient is asked for.
+    """
+    name = "bitshift_linear"
+    weights, fraction = _weights(packed, name, 2), _fraction(arithmetic, activation_bits, name)
+    return _linear_operator(x, *weights[:1], bias, *weights[1:], fraction)
+
+
+def bitshift_conv2d(
+    x,
+    packed,
+    bias=None,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups=1,
+    arithmetic="float",
+    activation_bits=(16, 16),
+):
+    """F.conv2d with packed power-of-two weights of shape (out, in / groups, kh, kw).
+
+    x: (N, in, H, W), floating, any device; bias: (out,) or None; stride, padding, dilation: an int or a pair, zero
+    padding. Returns (N, out, H', W') in x's dtype. packed, arithmetic, activation_bits, int32 input, errors: as
+    `bitshift_linear`.
+    """
+    name = "bitshift_conv2d"
+    weights, fraction = _weights(packed, name, 4), _fraction(arithmetic, activation_bits, name)
+    pairs = [_pair(value, what, least) for value, what, least in ((stride, "stride", 1), (padding, "padding", 0))]
+    pairs.append(_pair(dilation, "dilation", 1))
+    return _conv2d_operator(x, *weights[:1], bias, *weights[1:], *pairs, groups, fraction)
+
+
+def overflow_count(reset=False):
+    """Integers of the fixed-point path, since the start or the last reset, that did not fit into int32.
+
+    Counts inputs beyond the range, which are cut off there (NaN becomes 0), and outputs, which wrap as in the
+    original. Waits for CUDA devices that computed in fixed point.
+    """
+    with _overflows.lock:
+        total = sum(int(count) for count in _overflows.counts.values())
+        if reset:
+            for count in _overflows.counts.values():
+                count.zero_()
+            _overflows.reported = False
+    return total
+
+
+class _Overflows:
+    """Per device a tensor that counts, so that a GPU need not be waited for."""
+
+    def __init__(self):
+        self.lock, self.counts, self.reported = threading.Lock(), {}, False
+
+    def add(self, count):
+        with self.lock, torch.no_grad():
+            if count.device not in self.counts:
+                self.counts[count.device] = torch.zeros((), dtype=torch.int64, device=count.device)
+            self.counts[count.device] += count
+            if count.device.type == "cpu" and not self.reported and count:
+                self.reported = True
+                _log.warning(
+                    "bitshift: %d integers of a fixed-point layer exceed int32; results wrap. More fraction bits than "
+                    "the values leave room for? Further ones are counted in silence: overflow_count()",
+                    int(count),
+                )
+
+
+_overflows = _Overflows()
+
+
+def _weights(packed, name, dimensions):
+    if not isinstance(packed, PackedShiftWeights):
+        kind = type(packed).__name__
+        raise TypeError(f"{name}: weights must be PackedShiftWeights (of pack_shift_weights), not {kind}")
+    if len(packed.shape) != dimensions:
+        raise ValueError(f"{name}: weights must have {dimensions} dimensions, not shape {packed.shape}")
+    return Weights(packed.codes, packed.shape, packed.bits, packed.base, packed.zero)
+
+
+def _fraction(arithmetic, activation_bits, name):
+    if arithmetic == "float":
+        return FLOAT
+    if arithmetic != "fixed":
+        raise ValueError(f'{name}: arithmetic must be "float" or "fixed", not {arithmetic!r}')
+    try:
+        integer, fraction = map(int, activation_bits)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: activation_bits must be two integers, not {activation_bits!r}") from None
+    if integer < 1 or fraction < 0 or integer + fraction > 32:
+        raise ValueError(
+            f"{name}: activation_bits must be at least 1 integer bit, no negative number of fraction bits, and at most "
+            f"32 in all, not {integer} and {fraction}"
+        )
+    return fraction
+
+
+def _pair(value, what, least):
+    pair = (value, value) if isinstance(value, (int, torch.SymInt)) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(n, (int, torch.SymInt)) and n >= least for n in pair):
+        raise ValueError(f"bitshift_conv2d: {what} must be one or two integers of at least {least}, not {value}")
+    return pair
+
+
+def _check(name, x, weights, bias, fraction):
+    if x.device != weights.codes.device or (bias is not None and bias.device != x.device):
+        devices = {x.device, weights.codes.device} | ({bias.device} if bias is not None else set())
+        raise ValueError(f"{name}: x, weights and bias must be on one device, not {', '.join(map(str, devices))}")
+    if not (x.is_floating_point() or (x.dtype == torch.int32 and fraction != FLOAT)) or x.element_size() < 2:
+        raise TypeError(f"{name}: x must be floating (or int32 with fixed arithmetic), not {x.dtype}")
+    if weights.codes.dtype != torch.uint8 or weights.codes.shape != (code_bytes(weights.shape, weights.bits),):
+        raise ValueError(f"{name}: {tuple(weights.codes.shape)} codes do not fit weights of shape {weights.shape}")
+    if bias is not None and (bias.shape != weights.shape[:1] or bias.is_floating_point() != x.is_floating_point()):
+        kind = f"{tuple(bias.shape)}, {bias.dtype}"
+        raise ValueError(f"{name}: bias must have shape {weights.shape[:1]} and be like x ({x.dtype}), not {kind}")
+    terms = weights.shape[1] if len(weights.shape) == 2 else weights.shape[1] * weights.shape[2] * weights.shape[3]
+    if fraction != FLOAT and (_highest(weights) > MOST_LEFT_SHIFT or terms > MOST_TERMS):
+        limits = f"exponents up to {MOST_LEFT_SHIFT} and {MOST_TERMS} terms"
+        raise ValueError(f"{name}: fixed arithmetic is for {limits}, not {_highest(weights)} and {terms}")
+
+
+def _highest(weights):
+    return weights.base + 2 ** (weights.bits - 1) - 1
+
+
+def _check_linear(x, weights, bias, fraction):
+    _check("bitshift_linear", x, weights, bias, fraction)
+    if x.dim() < 1 or x.shape[-1] != weights.shape[1]:
+        raise ValueError(f"bitshift_linear: x must have shape (..., {weights.shape[1]}), not {tuple(x.shape)}")
+
+
+def _check_conv2d(x, weights, bias, groups, fraction):
+    _check("bitshift_conv2d", x, weights, bias, fraction)
+    if groups < 1 or weights.shape[0] % groups:
+        raise ValueError(f"bitshift_conv2d: groups must divide the {weights.shape[0]} outputs, not be {groups}")
+    if x.dim() != 4 or x.shape[1] != weights.shape[1] * groups:
+        channels = weights.shape[1] * groups
+        raise ValueError(f"bitshift_conv2d: x must have shape (N, {channels}, H, W), not {tuple(x.shape)}")
+
+
+def _output_size(x, weights, stride, padding, dilation):
+    """(N, out, H', W') of the convolution. Raises ValueError where the kernel exceeds the padded image."""
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, weights.shape[2:], strict=True)]
+    room = [size + 2 * p - r for size, p, r in zip(x.shape[2:], padding, reach, strict=True)]
+    if min(room) < 0:
+        padded = tuple(size + 2 * p for size, p in zip(x.shape[2:], padding, strict=True))
+        raise ValueError(f"bitshift_conv2d: the kernel spans {tuple(reach)}, more than the padded image, {padded}")
+    return (x.shape[0], weights.shape[0], *(r // s + 1 for r, s in zip(room, stride, strict=True)))
+
+
+# Plain PyTorch: the definition.
+
+
+def _wide(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def linear_reference(x, weights, bias):
+    """Float arithmetic of bitshift_linear: unpacked weights, the library's product in at least float32."""
+    return F.linear(x.to(_wide(x.dtype)), unpack_codes(*weights).to(_wide(x.dtype)), _as(bias, x)).to(x.dtype)
+
+
+def conv2d_reference(x, weights, bias, *geometry):
+    """Float arithmetic of bitshift_conv2d. geometry: stride, padding, dilation, groups."""
+    weight = unpack_codes(*weights).to(_wide(x.dtype))
+    return F.conv2d(x.to(_wide(x.dtype)), weight, _as(bias, x), *geometry).to(x.dtype)
+
+
+def _as(bias, x):
+    return None if bias is None else bias.to(_wide(x.dtype))
+
+
+def shift_and_add(x, weights, product):
+    """Exact int64 sums of the fixed-point path: for each exponent, shift x, then add and subtract by product(x, signs).
+
+    x: int32. product: a linear operation in float64, which adds these integers exactly: terms are below 2**31 and
+    fewer than 2**22.
+    """
+    negative, magnitude = unpack_integers(weights.codes, weights.shape, weights.bits)
+    total = 0
+    for m in range(2 ** (weights.bits - 1)):
+        exponent = weights.base + m
+        signs = torch.where(magnitude == m, 1.0 - 2.0 * negative.double(), 0.0)
+        if (weights.zero and m == 0) or not signs.any():
+            continue
+        terms = product((x >> min(31, max(0, -exponent))).double(), signs)
+        total = total + (terms.long() << max(0, exponent))
+    return total
+
+
+def linear_fixed_reference(x, weights):
+    """int32 x (..., in) -> int64 (..., out), exact."""
+    total = shift_and_add(x, weights, F.linear)
+    return total if isinstance(total, Tensor) else x.new_zeros((*x.shape[:-1], weights.shape[0]), dtype=torch.int64)
+
+
+def conv2d_fixed_reference(x, weights, *geometry):
+    """int32 x (N, in, H, W) -> int64 (N, out, H', W'), exact."""
+
+    def product(x, signs):
+        with torch.backends.cudnn.flags(enabled=False):  # no algorithm that transforms its input
+            return F.conv2d(x, signs, None, *geometry)
+
+    total = shift_and_add(x, weights, product)
+    shape = _output_size(x, weights, *geometry[:3])
+    return total if isinstance(total, Tensor) else x.new_zeros(shape, dtype=torch.int64)
+
+
+def to_fixed(x, fraction):
+    """int32 integers of x * 2**fraction, truncated toward zero; (integers, number of x outside of int32).
+
+    Those outside are cut off at the ends, NaN becomes 0.
+    """
+    scaled = (x.double() * 2.0**fraction).trunc()
+    limits = torch.iinfo(torch.int32)
+    outside = ((scaled < limits.min) | (scaled > limits.max) | scaled.isnan()).sum()
+    return scaled.nan_to_num(0.0, limits.max, limits.min).clamp(limits.min, limits.max).int(), outside
+
+
+def _fixed(x, bias, fraction, exact_sums, channel):
+    """Fixed-point layer around exact_sums(int32 x) -> int64 sums without bias, outputs along dimension `channel`."""
+    integers, outside = to_fixed(x, fraction) if x.is_floating_point() else (x, None)
+    sums = exact_sums(integers)
+    if bias is not None:
+        added, outside_bias = to_fixed(bias, fraction) if x.is_floating_point() else (bias, 0)
+        outside = None if outside is None else outside + outside_bias
+        sums = sums + added.long().view([-1 if d == channel % sums.dim() else 1 for d in range(sums.dim())])
+    y = sums.int()
+    _overflows.add((y != sums).sum() + (0 if outside is None else outside))
+    return (y.to(_wide(x.dtype)) / 2.0**fraction).to(x.dtype) if x.is_floating_point() else y
+
+
+# The operators.
+
+
+@functools.cache
+def _cpu_kernels():
+    try:
+        from common.kernels import bitshift_cpu
+
+        bitshift_cpu.load()
+    except Exception as error:  # whatever is wrong with an optional library must not stop the run
+        _log.warning("bitshift: plain PyTorch on the CPU, which is slower: numba: %s: %s", type(error).__name__, error)
+        return None
+    return bitshift_cpu
+
+
+@functools.cache
+def _cuda_kernels():
+    try:
+        from common.kernels import bitshift_cuda
+
+        bitshift_cuda.load()
+    except Exception as error:
+        _log.warning("bitshift: plain PyTorch on CUDA, which is slower: CuPy: %s: %s", type(error).__name__, error)
+        return None
+    return bitshift_cuda
+
+
+_KERNELS = {"cpu": _cpu_kernels, "cuda": _cuda_kernels}
+
+
+def _linear(x, codes, bias, shape, bits, base, zero, fraction):
+    weights = Weights(codes, tuple(shape), bits, base, zero)
+    _check_linear(x, weights, bias, fraction)
+    if fraction != FLOAT:
+        return _fixed(x, bias, fraction, lambda integers: linear_fixed_reference(integers, weights), -1)
+    return linear_reference(x, weights, bias)
+
+
+def _conv2d(x, codes, bias, shape, bits, base, zero, stride, padding, dilation, groups, fraction):
+    weights = Weights(codes, tuple(shape), bits, base, zero)
+    _check_conv2d(x, weights, bias, groups, fraction)
+    _output_size(x, weights, stride, padding, dilation)
+    geometry = stride, padding, dilation, groups
+    if fraction != FLOAT:
+        return _fixed(x, bias, fraction, lambda integers: conv2d_fixed_reference(integers, weights, *geometry), 1)
+    return conv2d_reference(x, weights, bias, *geometry)
+
+
+def _linear_fake(x, codes, bias, shape, bits, base, zero, fraction):
+    _check_linear(x, Weights(codes, tuple(shape), bits, base, zero), bias, fraction)
+    return x.new_empty((*x.shape[:-1], shape[0]))
+
+
+def _conv2d_fake(x, codes, bias, shape, bits, base, zero, stride, padding, dilation, groups, fraction):
+    weights = Weights(codes, tuple(shape), bits, base, zero)
+    _check_conv2d(x, weights, bias, groups, fraction)
+    return x.new_empty(_output_size(x, weights, stride, padding, dilation))
+
+
+class _ForwardOnly(torch.autograd.Function):
+    """Marks an output as differentiable so that asking for the gradient says why there is none."""
+
+    @staticmethod
+    def forward(ctx, operator, x, codes, bias, *rest):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(x, codes, bias, *rest)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("bitshift: forward only, there is no gradient through packed weights: train unpacked ones")
+
+
+def _register(name, schema, kernel, fake):
+    def autograd(x, codes, bias, *rest):
+        wanted = x.requires_grad or (bias is not None and bias.requires_grad)
+        if wanted and torch.is_grad_enabled():
+            return _ForwardOnly.apply(operator, x, codes, bias, *rest)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(x, codes, bias, *rest)
+
+    _library.define(name + schema)
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    _library.impl(name, autograd, "Autograd")
+    torch.library.register_fake(f"effnets::{name}", fake, lib=_library)
+    operator = getattr(torch.ops.effnets, name).default
+    return operator
+
+
+_library = torch.library.Library("effnets", "FRAGMENT")
+_packed = "Tensor x, Tensor codes, Tensor? bias, int[] shape, int bits, int base, bool zero"
+_geometry = "int[2] stride, int[2] padding, int[2] dilation, int groups"
+_linear_operator = _register("bitshift_linear", f"({_packed}, int fraction) -> Tensor", _linear, _linear_fake)
+_conv2d_operator = _register(
+    "bitshift_conv2d", f"({_packed}, {_geometry}, int fraction) -> Tensor", _conv2d, _conv2d_fake
+)
