@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.checkpoints import CheckpointError
-from shared_bases import engine, eval_cifar10, plot_tradeoff, similarity
+from shared_bases import engine, eval_cifar10, plot_orthogonality, plot_tradeoff, similarity
 from shared_bases.checkpoints import existing_path, infer_config, load_network, read_checkpoint
 from shared_bases.models import Config, build_model
 from shared_bases.regulariser import similarity_terms
@@ -191,3 +191,21 @@ def test_tradeoff_draws_recorded_runs_beside_published_points(tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text("{")
     with pytest.raises(RunError, match="bad.jsonl is not a log"):
         plot_tradeoff.main(["--runs", str(tmp_path / "bad.jsonl")])
+
+
+def test_orthogonality_over_training_is_read_from_the_logs(tmp_path, capsys):
+    folder = tmp_path / "runs"
+    for weight, values in ((10.0, [0.1, 0.01]), (0.0, [3.0, 2.0])):
+        write_run(folder / f"{weight}", "cifar10", weight, 60.0)
+        log = folder / f"{weight}" / "metrics.jsonl"
+        header, result = log.read_text().splitlines()
+        epochs = [{"type": "epoch", "similarity": value, "mean_abs_cosine": value / 20} for value in values]
+        log.write_text("\n".join([header, *map(json.dumps, epochs), result]))
+    curves = plot_orthogonality.main(["--runs", str(folder), f"--output={tmp_path}/o.png"])
+    found = {curve.weight: curve.values["similarity"] for curve in curves}
+    assert found == {10.0: [0.1, 0.01], 0.0: [3.0, 2.0]}
+    assert "lambdaR = 10 (cifar10): R 0.01, cosine 0.0005" in capsys.readouterr().out
+    assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match="no run with shared filters is there"):
+        plot_orthogonality.main(["--runs", str(tmp_path / "empty")])
