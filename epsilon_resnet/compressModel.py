@@ -29,6 +29,7 @@ from epsilon_resnet.checkpoints import Network, read_network
 from epsilon_resnet.count import comparison
 from epsilon_resnet.launch import test_batches_for
 from epsilon_resnet.models import Config, build_model
+from epsilon_resnet.modules import is_closed
 from epsilon_resnet.runs import RunError, load_state, model_files
 
 TOLERANCE = 1e-6  # of the largest logit: what differs then is rounding
@@ -150,21 +151,33 @@ def print_costs(network: Network, compressed: Network, device):
 def verify(network: Network, compressed: Network, discarded: list[str], batches, device):
     """Compare both networks on test images. Raises RunError if a pruned block was open, or the logits differ."""
     full, small = network.build().to(device), compressed.build().to(device)
-    peaks = dict(zip(network.config.block_names, pruning.largest_responses(full, batches).tolist(), strict=True))
+    peaks = pruning.responses(full, batches)
+    largest = dict(zip(network.config.block_names, peaks.amax(0).tolist(), strict=True))
     for name in discarded:
-        ratio = peaks[name] / network.epsilon if network.epsilon else float(peaks[name] > 0)
+        ratio = largest[name] / network.epsilon if network.epsilon else float(largest[name] > 0)
         print(f"{name}: max|F|/epsilon {ratio:.3g}")
     images = sum(len(targets) for _, targets in batches)
     difference, scale = pruning.logit_differences(full, small, batches)
     print(f"verified on {images} images: max |logit difference| {difference:.3g} (largest logit {scale:.3g})")
-    closed = pruning.by_gates(full, batches)
-    live = [name for name in discarded if name not in closed]
+    closed = dict(zip(network.config.block_names, is_closed(peaks, network.epsilon).sum(0).tolist(), strict=True))
+    live = [name for name in discarded if closed[name] < len(batches)]
     if live:
         raise RunError(f"{', '.join(live)} would be pruned but passed images on; use --criterion gate or weights")
     if difference > TOLERANCE * max(scale, 1.0):
-        kept = [name for name in closed if name not in discarded]
-        blame = f"; {', '.join(kept)} is closed but was kept: see --criterion gate" if kept else ""
-        raise RunError(f"the networks differ by {difference:.3g} at logits of {scale:.3g}{blame}")
+        raise RunError(f"the networks differ by {difference:.3g} at logits of {scale:.3g}"
+                       + blame(closed, discarded, len(batches)))  # fmt: skip
+
+
+def blame(closed: dict[str, int], discarded: list[str], batches: int) -> str:
+    """Which kept blocks make the networks differ. closed: by block, the number of batches whose gate was closed."""
+    kept = {name: count for name, count in closed.items() if count and name not in discarded}
+    always = [name for name, count in kept.items() if count == batches]
+    if always:
+        return f"; {', '.join(always)} is closed but was kept: see --criterion gate"
+    if kept:
+        names = ", ".join(f"{name} ({count} of {batches} batches)" for name, count in kept.items())
+        return f"; gates between open and closed: {names}; train on until they settle"
+    return ""
 
 
 def main(argv=None):

@@ -66,16 +66,15 @@ def _initial_norm(block):
 
 
 @torch.no_grad()
-def largest_responses(model: ResNet, batches) -> Tensor:
-    """max|F| of each block over batches of images, float32 (blocks,), in evaluation mode on the batches' device."""
+def responses(model: ResNet, batches) -> Tensor:
+    """max|F| of each block on each batch of images, float32 (batches, blocks), in evaluation mode on their device."""
     model.eval()
-    peaks = [model(images).peaks for images, _ in batches]
-    return torch.stack(peaks).amax(0)
+    return torch.stack([model(images).peaks for images, _ in batches])
 
 
 def by_gates(model: ResNet, batches) -> list[str]:
     """Blocks whose gate is closed in every batch of images given."""
-    closed = is_closed(largest_responses(model, batches), model.epsilon).tolist()
+    closed = is_closed(responses(model, batches).amax(0), model.epsilon).tolist()
     return [name for name, is_discarded in zip(model.config.block_names, closed, strict=True) if is_discarded]
 
 

@@ -112,6 +112,14 @@ def test_verification_names_a_kept_block_that_is_closed(folder, capsys):
     assert "res1.1 is closed but was kept: see --criterion gate" in capsys.readouterr().err
 
 
+def test_verification_names_a_gate_that_is_closed_on_some_batches():
+    closed = {"res1.0": 0, "res1.1": 3, "res2.0": 2}
+    assert compressModel.blame(closed, ["res1.1"], 3) == (
+        "; gates between open and closed: res2.0 (2 of 3 batches); train on until they settle"
+    )
+    assert compressModel.blame(closed, ["res1.1", "res2.0"], 3) == ""
+
+
 def test_states_come_from_the_log_if_the_checkpoint_has_none(folder, capsys):
     state = load_checkpoint(folder / "model-6.pth")
     del state["ema"]
