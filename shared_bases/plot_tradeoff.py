@@ -39,6 +39,12 @@ class Point:
     flops: int
     source: str
     weight: float | None = None
+    is_short: bool = False  # trained for fewer epochs than the paper
+
+    @property
+    def row(self) -> str:
+        """Title of the row of panels: short runs have one of their own, their errors are of another size."""
+        return TITLES[self.config.dataset] + (", short runs here" if self.is_short else "")
 
     @property
     def series(self) -> str:
@@ -49,11 +55,11 @@ class Point:
         return ranks + ("" if self.weight in (None, 10.0) else f" λ={self.weight:g}")
 
 
-def _sized(config: Config, error: float, source: str, weight: float | None = None) -> Point:
+def _sized(config: Config, error: float, source: str, weight: float | None = None, is_short: bool = False) -> Point:
     with torch.device("meta"):
         model = build_model(config)
     flops = 2 * count_ptflops(model, IMAGE_SIZES[config.dataset])
-    return Point(config, error, count_parameters(model), flops, source, weight)
+    return Point(config, error, count_parameters(model), flops, source, weight, is_short)
 
 
 def published_points() -> list[Point]:
@@ -94,7 +100,9 @@ def recorded_point(log: Path) -> Point | None:
         if header["data"] not in MODELS:
             return None
         source = f"here, {result['epochs']} of {result['epochs_in_paper']} epochs"
-        return _sized(Config(**header["config"]), 100 - result["best_top1"], source, header["args"]["lambdaR"])
+        is_short = result["epochs"] < result["epochs_in_paper"]
+        weight = header["args"]["lambdaR"]
+        return _sized(Config(**header["config"]), 100 - result["best_top1"], source, weight, is_short)
     except IndexError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -102,21 +110,20 @@ def recorded_point(log: Path) -> Point | None:
 
 
 def draw(points: list[Point], path: str):
-    """One row per data set: error against parameters, error against FLOPs; a colour per model, a marker per source."""
+    """One row per data set, one more for its short runs: error against parameters and FLOPs; a colour per model."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    datasets = [name for name in TITLES if any(point.config.dataset == name for point in points)]
-    figure, panels = plt.subplots(
-        len(datasets), 2, figsize=(11, 4.2 * len(datasets)), layout="constrained", squeeze=False
-    )
-    for (left, right), dataset in zip(panels, datasets, strict=True):
-        here = [point for point in points if point.config.dataset == dataset]
+    rows = [row for title in TITLES.values() for row in (title, f"{title}, short runs here")]
+    rows = [row for row in rows if any(point.row == row for point in points)]
+    figure, panels = plt.subplots(len(rows), 2, figsize=(11, 3.8 * len(rows)), layout="constrained", squeeze=False)
+    for (left, right), row in zip(panels, rows, strict=True):
+        here = [point for point in points if point.row == row]
         _draw_row(left, here, lambda point: point.parameters / 1e6, "parameters (millions)")
         _draw_row(right, here, lambda point: point.flops / 1e9, "FLOPs (10⁹ per image, 2 x count)")
-        left.set_title(TITLES[dataset], loc="left")
+        left.set_title(row, loc="left")
         right.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     try:
         figure.savefig(path, dpi=130)
