@@ -193,6 +193,7 @@ def plot_curves(paper: str) -> Path | None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "curves"  # the same file from the same records
     import matplotlib.pyplot as plt
 
     figure, (error_axes, loss_axes) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
