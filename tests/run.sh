@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Set up and run the tests:  bash tests/run.sh [pytest arguments]
+# One process per processor (-n 0: all in this one), each on one thread unless OMP_NUM_THREADS says otherwise.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . ./setup.sh requirements-dev.txt
-exec "$PYTHON" -m pytest "$@"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec "$PYTHON" -m pytest -n auto --maxprocesses=8 --dist worksteal "$@"

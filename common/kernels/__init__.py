@@ -2,12 +2,15 @@
 
 from common.kernels.bitshift import bitshift_conv2d, bitshift_linear, overflow_count
 from common.kernels.bitshift_pack import PackedShiftWeights, pack_shift_weights
+from common.kernels.multiply import multiply_conv2d, multiply_linear
 from common.kernels.shift2d import shift2d, shift2d_reference
 
 __all__ = [
     "PackedShiftWeights",
     "bitshift_conv2d",
     "bitshift_linear",
+    "multiply_conv2d",
+    "multiply_linear",
     "overflow_count",
     "pack_shift_weights",
     "shift2d",

@@ -18,6 +18,7 @@ from torch import Tensor
 from common.kernels.bitshift_pack import (
     PackedShiftWeights,
     code_bytes,
+    output_size,
     pack_shift_weights,
     unpack_codes,
     unpack_integers,
@@ -187,16 +188,6 @@ def _check_conv2d(x, weights, bias, groups, fraction):
         raise ValueError(f"bitshift_conv2d: x must have shape (N, {channels}, H, W), not {tuple(x.shape)}")
 
 
-def _output_size(x, weights, stride, padding, dilation):
-    """(N, out, H', W') of the convolution. Raises ValueError where the kernel exceeds the padded image."""
-    reach = [d * (k - 1) + 1 for d, k in zip(dilation, weights.shape[2:], strict=True)]
-    room = [size + 2 * p - r for size, p, r in zip(x.shape[2:], padding, reach, strict=True)]
-    if min(room) < 0:
-        padded = tuple(size + 2 * p for size, p in zip(x.shape[2:], padding, strict=True))
-        raise ValueError(f"bitshift_conv2d: the kernel spans {tuple(reach)}, more than the padded image, {padded}")
-    return (x.shape[0], weights.shape[0], *(r // s + 1 for r, s in zip(room, stride, strict=True)))
-
-
 # Plain PyTorch: the definition.
 
 
@@ -209,9 +200,9 @@ def linear_reference(x, weights, bias):
     return F.linear(x.to(_wide(x.dtype)), unpack_codes(*weights).to(_wide(x.dtype)), _as(bias, x)).to(x.dtype)
 
 
-def conv2d_reference(x, weights, bias, *geometry):
+def conv2d_reference(x, weights, bias, *geometry, unpack=lambda weights: unpack_codes(*weights)):
     """Float arithmetic of bitshift_conv2d. geometry: stride, padding, dilation, groups."""
-    weight = unpack_codes(*weights).to(_wide(x.dtype))
+    weight = unpack(weights).to(_wide(x.dtype))
     return F.conv2d(x.to(_wide(x.dtype)), weight, _as(bias, x), *geometry).to(x.dtype)
 
 
@@ -251,7 +242,7 @@ def conv2d_fixed_reference(x, weights, *geometry):
             return F.conv2d(x, signs, None, *geometry)
 
     total = shift_and_add(x, weights, product)
-    shape = _output_size(x, weights, *geometry[:3])
+    shape = output_size(x.shape, weights.shape, *geometry[:3])
     return total if isinstance(total, Tensor) else x.new_zeros(shape, dtype=torch.int64)
 
 
@@ -309,22 +300,47 @@ def _cuda_kernels():
 _KERNELS = {"cpu": _cpu_kernels, "cuda": _cuda_kernels}
 
 
+def _kernels(x):
+    """Module of the kernels of x's device, or None where only plain PyTorch is left (and for float64)."""
+    find = _KERNELS.get(x.device.type)
+    return find() if find and x.dtype != torch.float64 else None
+
+
 def _linear(x, codes, bias, shape, bits, base, zero, fraction):
     weights = Weights(codes, tuple(shape), bits, base, zero)
     _check_linear(x, weights, bias, fraction)
+    kernels = _kernels(x)
     if fraction != FLOAT:
-        return _fixed(x, bias, fraction, lambda integers: linear_fixed_reference(integers, weights), -1)
-    return linear_reference(x, weights, bias)
+        return _fixed(x, bias, fraction, lambda integers: _linear_sums(kernels, integers, weights), -1)
+    if kernels is None:
+        return linear_reference(x, weights, bias)
+    y = kernels.linear(x.reshape(x.shape[:-1].numel(), x.shape[-1]).float(), weights)
+    y = (y + bias if bias is not None else y).to(x.dtype)
+    return y.reshape((*x.shape[:-1], shape[0])).contiguous()
+
+
+def _linear_sums(kernels, integers, weights):
+    rows = integers.reshape(integers.shape[:-1].numel(), integers.shape[-1])
+    sums = kernels.linear_fixed(rows, weights) if kernels else None
+    if sums is None:
+        sums = linear_fixed_reference(rows, weights)
+    return sums.reshape(*integers.shape[:-1], weights.shape[0])
+
+
+def _conv2d_sums(kernels, integers, weights, geometry):
+    sums = kernels.conv2d_fixed(integers, weights, *geometry) if kernels else None
+    return conv2d_fixed_reference(integers, weights, *geometry) if sums is None else sums
 
 
 def _conv2d(x, codes, bias, shape, bits, base, zero, stride, padding, dilation, groups, fraction):
     weights = Weights(codes, tuple(shape), bits, base, zero)
     _check_conv2d(x, weights, bias, groups, fraction)
-    _output_size(x, weights, stride, padding, dilation)
-    geometry = stride, padding, dilation, groups
+    output_size(x.shape, weights.shape, stride, padding, dilation)
+    geometry, kernels = (stride, padding, dilation, groups), _kernels(x)
     if fraction != FLOAT:
-        return _fixed(x, bias, fraction, lambda integers: conv2d_fixed_reference(integers, weights, *geometry), 1)
-    return conv2d_reference(x, weights, bias, *geometry)
+        return _fixed(x, bias, fraction, lambda integers: _conv2d_sums(kernels, integers, weights, geometry), 1)
+    unpack = {"unpack": kernels.unpack} if kernels else {}
+    return conv2d_reference(x, weights, bias, *geometry, **unpack)
 
 
 def _linear_fake(x, codes, bias, shape, bits, base, zero, fraction):
@@ -335,7 +351,7 @@ def _linear_fake(x, codes, bias, shape, bits, base, zero, fraction):
 def _conv2d_fake(x, codes, bias, shape, bits, base, zero, stride, padding, dilation, groups, fraction):
     weights = Weights(codes, tuple(shape), bits, base, zero)
     _check_conv2d(x, weights, bias, groups, fraction)
-    return x.new_empty(_output_size(x, weights, stride, padding, dilation))
+    return x.new_empty(output_size(x.shape, weights.shape, stride, padding, dilation))
 
 
 class _ForwardOnly(torch.autograd.Function):

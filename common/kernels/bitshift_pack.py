@@ -256,3 +256,12 @@ def unpack_integers(codes, shape, bits):
     """(sign, magnitude) of the codes, int32, in plain PyTorch: sign is 0 or 1 (negative)."""
     code = _restore(_deinterleave(codes, bits), shape)
     return code >> (bits - 1), code & (2 ** (bits - 1) - 1)
+
+
+def output_size(x_shape, weight_shape, stride, padding, dilation):
+    """(N, out, H', W') of a convolution. Raises ValueError where the kernel exceeds the padded image."""
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight_shape[2:], strict=True)]
+    padded = [size + 2 * p for size, p in zip(x_shape[2:], padding, strict=True)]
+    if any(size < r for size, r in zip(padded, reach, strict=True)):
+        raise ValueError(f"convolution: the kernel spans {tuple(reach)}, more than the padded image, {tuple(padded)}")
+    return (x_shape[0], weight_shape[0], *((n - r) // s + 1 for n, r, s in zip(padded, reach, stride, strict=True)))

@@ -34,6 +34,8 @@ class HostKernels:
         source = Path(launch.__file__).with_name(f"{stem}.cu")
         kernels = " ".join(f"KERNEL({name})" for name in self.names)
         defines = [f'-DKERNEL_SOURCE="{source}"', f"-DKERNELS={kernels}"]
+        if "__syncthreads" in launch.source(stem):
+            defines += ["-DBARRIERS", "-pthread"]
         files = [f"-I{HERE}", str(HERE / "host_main.cpp"), "-o", str(self.program)]
         built = subprocess.run(["g++", *FLAGS, *SANITIZERS, *defines, *files], capture_output=True, text=True)
         assert built.returncode == 0, built.stderr

@@ -1,18 +1,29 @@
 // Lets g++ (10 or newer, C++20) compile the .cu files of common/kernels and run their kernels block by block, thread by
-// thread. For kernels without barriers and warp intrinsics: each CUDA thread runs to its end before the next begins.
+// thread. Each CUDA thread runs to its end before the next begins; with BARRIERS defined, for a file that has
+// __syncthreads, every thread of a block is a thread of its own instead. No warp intrinsics.
 #pragma once
+#include <pthread.h>
+
 #include <cstddef>
+#include <thread>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #define __global__
 #define __device__
 #define __host__
+#define __shared__ static  // one block at a time
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
 inline thread_local dim3 gridDim, blockDim, blockIdx, threadIdx;
+
+#ifdef BARRIERS
+inline pthread_barrier_t block_barrier;
+inline void __syncthreads() { pthread_barrier_wait(&block_barrier); }
+#endif
 
 template <class Body>
 void for_each_index(const dim3& size, dim3& index, Body body) {
@@ -26,13 +37,31 @@ void invoke(void (*kernel)(Parameters...), void** arguments, std::index_sequence
   kernel(*static_cast<std::remove_const_t<Parameters>*>(arguments[Index])...);
 }
 
+template <class Body>
+void run_block(Body body) {
+#ifdef BARRIERS
+  std::vector<std::thread> threads;
+  pthread_barrier_init(&block_barrier, nullptr, blockDim.x * blockDim.y * blockDim.z);
+  for_each_index(blockDim, threadIdx, [&] {
+    threads.emplace_back([grid = gridDim, block = blockDim, at = blockIdx, thread = threadIdx, body] {
+      gridDim = grid, blockDim = block, blockIdx = at, threadIdx = thread;
+      body();
+    });
+  });
+  for (std::thread& thread : threads) thread.join();
+  pthread_barrier_destroy(&block_barrier);
+#else
+  for_each_index(blockDim, threadIdx, body);
+#endif
+}
+
 // arguments[i] points at the value of parameter i, as for cuLaunchKernel.
 template <class... Parameters>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void** arguments) {
   gridDim = grid;
   blockDim = block;
   for_each_index(grid, blockIdx, [&] {
-    for_each_index(block, threadIdx, [&] { invoke(kernel, arguments, std::index_sequence_for<Parameters...>{}); });
+    run_block([=] { invoke(kernel, arguments, std::index_sequence_for<Parameters...>{}); });
   });
 }
 

@@ -1,0 +1,154 @@
+"""The CPU kernels of bitshift in a process: threads, forks, other processors, and what happens without numba."""
+
+import functools
+import importlib
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common.kernels import bitshift_linear, pack_shift_weights, threads
+from tests.common.bitshift_cases import CODES, random_weights
+
+ROOT = Path(__file__).resolve().parents[2]
+module = importlib.import_module("common.kernels.bitshift")
+
+
+@pytest.fixture
+def numba():
+    if module._cpu_kernels() is None:
+        pytest.skip("numba is not installed")
+
+
+@pytest.fixture(params=["openmp", "pool"])
+def pool(request, monkeypatch, numba):
+    """Both ways to use several threads, with 3 of them whatever the machine has."""
+    if request.param == "pool":
+        monkeypatch.setattr(threads, "_openmp_parallel", lambda: None)
+    elif threads._openmp_parallel() is None:
+        pytest.skip("torch has no GNU OpenMP here")
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@functools.cache
+def large_layer():
+    """(x, packed, sums) on integers, so that any order of additions gives the same bits; shared among threads."""
+    weight = random_weights((700, 2100), "PS", 4)
+    x = torch.randint(-8, 9, (5, 2100)).float()
+    return x, pack_shift_weights(weight, 4, "PS"), F.linear(x.double(), weight.double()).float()
+
+
+def test_several_threads(pool):
+    """One row, several, and fixed point: the same bits as on one thread."""
+    x, packed, expected = large_layer()
+    for arithmetic in ("float", "fixed"):
+        threaded = [bitshift_linear(x[:rows], packed, arithmetic=arithmetic) for rows in (1, 5)]
+        torch.set_num_threads(1)
+        alone = [bitshift_linear(x[:rows], packed, arithmetic=arithmetic) for rows in (1, 5)]
+        torch.set_num_threads(3)
+        assert all(torch.equal(a, b) for a, b in zip(threaded, alone, strict=True))
+        if arithmetic == "float":
+            assert torch.equal(threaded[1], expected)
+
+
+def test_concurrent_callers(pool):
+    x, packed, expected = large_layer()
+    wrong, barrier = [], threading.Barrier(4)
+
+    def call():
+        barrier.wait()
+        for _ in range(5):
+            for rows in (1, 5):
+                if not torch.equal(bitshift_linear(x[:rows], packed), expected[:rows]):
+                    wrong.append(rows)
+
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(timeout=60)
+    assert not any(caller.is_alive() for caller in callers) and not wrong
+
+
+def _in_child(x, packed, expected, connection):
+    # NumPy compares: torch's own threads are dead in a forked process, its larger operations would hang.
+    connection.send(np.array_equal(bitshift_linear(x, packed).numpy(), expected.numpy()))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_after_a_fork(pool):
+    x, packed, expected = large_layer()
+    context = multiprocessing.get_context("fork")
+    assert torch.equal(bitshift_linear(x, packed), expected)
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_in_child, args=(x, packed, expected, sender))
+    child.start()
+    assert receiver.poll(60), "the forked process hangs"
+    assert receiver.recv() is True
+    child.join(60)
+    assert child.exitcode == 0
+
+
+WITHOUT_BYTE_SHUFFLE = """
+import torch, torch.nn.functional as F
+from common.kernels import bitshift_cpu, bitshift_linear, bitshift_conv2d, pack_shift_weights
+from tests.common.bitshift_cases import CODES, random_weights
+assert not bitshift_cpu._has_byte_shuffle()
+for scheme, bits in CODES:
+    weight = random_weights((40, 24), scheme, bits)
+    packed, x = pack_shift_weights(weight, bits, scheme), torch.randint(-8, 9, (3, 24)).float()
+    for rows in (1, 3):
+        expected = F.linear(x[:rows].double(), weight.double())
+        assert ((bitshift_linear(x[:rows], packed) - expected).abs() <= 1e-5 * expected.abs().max()).all()
+    conv = random_weights((5, 7, 3, 3), scheme, bits)
+    assert torch.equal(pack_shift_weights(conv, bits, scheme).unpack(), conv)
+    weights = pack_shift_weights(conv, bits, scheme)
+    x = torch.zeros(1, 7, 3, 3); x[0, 6, 2, 1] = 1
+    assert torch.equal(bitshift_conv2d(x, weights)[0, :, 0, 0], conv[:, 6, 2, 1])
+"""
+
+
+@pytest.mark.slow
+def test_on_a_processor_without_avx2(numba, tmp_path):
+    """numba told to leave AVX out: the bytes of the floats are computed instead of looked up."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_ENABLE_AVX": "0", "NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", WITHOUT_BYTE_SHUFFLE]
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("scheme, bits", CODES)
+def test_kernels_unpack_what_was_packed(numba, scheme, bits):
+    weight = random_weights((5, 70, 3, 3), scheme, bits)
+    packed = pack_shift_weights(weight, bits, scheme)
+    assert torch.equal(module._cpu_kernels().unpack(module._weights(packed, "test", 4)), weight)
+
+
+@pytest.mark.parametrize("why", ["missing", "switched off"])
+def test_without_numba(why, monkeypatch, caplog):
+    """The plain path, and one line in the log."""
+    if why == "missing":
+        monkeypatch.setitem(sys.modules, "numba", None)
+        monkeypatch.delitem(sys.modules, "common.kernels.bitshift_cpu", raising=False)
+        monkeypatch.delattr("common.kernels.bitshift_cpu", raising=False)
+    else:
+        numba = pytest.importorskip("numba")
+        monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    monkeypatch.setitem(module._KERNELS, "cpu", functools.cache(module._cpu_kernels.__wrapped__))
+    x, packed, expected = large_layer()
+    for _ in range(2):
+        assert torch.equal(bitshift_linear(x, packed), expected)
+    (record,) = caplog.records
+    assert record.name == "effnets" and record.levelname == "WARNING"
+    assert record.getMessage().startswith("bitshift: plain PyTorch on the CPU")
