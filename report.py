@@ -77,7 +77,10 @@ def record(run_dir: Path) -> Path:
     """Add a finished run to its paper's results.csv and copy its log. Returns the log's path."""
     header, epochs, result = read_run(run_dir)
     header, paper = without_paths(header), header["paper"]
-    name = run_dir.resolve().name + f"-{header['args']['dataset']}-seed{header['seed']}-{result['epochs']}epochs"
+    arch = header["args"].get("arch", "")
+    name = run_dir.resolve().name
+    name = name if arch in name else f"{arch}-{name}"
+    name += f"-{header['args']['dataset']}-seed{header['seed']}-{result['epochs']}epochs"
     log = ROOT / paper / "logs" / f"{name}.jsonl"
     log.parent.mkdir(exist_ok=True)
     rows = read_results(paper)

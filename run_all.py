@@ -131,8 +131,39 @@ def epsilon_resnet_jobs(args, output: Path) -> list[Job]:
     ]
 
 
+def deepshift_jobs(args, output: Path) -> list[Job]:
+    """The convolutional network on MNIST, or on the digits: float, Q from scratch, PS from the float one."""
+    folder = output / "deepshift"
+    real = has_real_data(args.data_dir, "MNIST")
+    data = [*(["--data-dir", args.data_dir] if real or args.full else ["--embedded-data"]), f"--device={args.device}"]
+    epochs = 10 if args.full else 3 if real else 6
+    size = [] if args.full else [f"--epochs={epochs}", *([] if real else ["--batch-size=32"])]
+    fast, gentle = ([], []) if args.full else (["--lr=0.03", "--momentum=0.9"], ["--lr=0.001"])
+    networks = folder / "mnist" / "simple_conv"
+    runs = {
+        "shift_0": fast,
+        "shift_q_all_wb_5": ["--shift-depth=1000", "--shift-type=Q", *fast],
+        "shift_ps_all_wb_5_from_pretrained": [f"--weights={networks}/shift_0/weights.pth", "--shift-depth=1000",
+                                              "--shift-type=PS", "--optimizer=radam", "--desc=from_pretrained",
+                                              *gentle],
+    }  # fmt: skip
+    script, jobs = ["deepshift/mnist.py", "--type=conv", *data, "--channels-last", f"--output-dir={folder}"], []
+    for name, flags in runs.items():
+        train = [*script, *flags, *size, "--seed=1", "--auto-resume", "--log-interval=1000", *args.extra]
+        jobs.append(Job("deepshift", f"train {name}", tuple(train), epochs, networks / name / "metrics.jsonl"))
+    packed = networks / name / "weights.packed"
+    test = [*script, "--shift-type=PS", "-e", f"--resume={packed}", "--desc=evaluated"]
+    jobs.append(Job("deepshift", "evaluate packed weights", tuple(test)))
+    jobs.append(Job("deepshift", "evaluate on integer kernels", (*test, "--use-kernel=True")))
+    for bits in (5, 4):
+        count = ("deepshift/count.py", "mnist", "--arch=simple_conv", "--shift-type=PS", f"--weight-bits={bits}")
+        jobs.append(Job("deepshift", f"count {bits} bits", count))
+    return jobs
+
+
 PAPERS = {
     "shiftresnet": shiftresnet_jobs,
+    "deepshift": deepshift_jobs,
     "shared_bases": shared_bases_jobs,
     "epsilon_resnet": epsilon_resnet_jobs,
 }
