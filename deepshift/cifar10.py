@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deepshift import engine, flags
-from deepshift.session import run_task
+from deepshift.launch import run_task
 from deepshift.tasks import Task, memory_loaders
 from deepshift.zoo import architectures
 
