@@ -1,10 +1,10 @@
 """Side-by-side timing for the benchmark scripts: what is compared runs alternately, in one process.
 
-    inputs = rotated(args, make)
-    candidates = {"shift2d": lambda run: shift2d(inputs[run % len(inputs)]), "clone": ...}
-    comparison = Comparison(args, "fp32 NCHW", candidates, moved_bytes)
-    comparison.ratio("shift2d / clone: time ratio", "shift2d", "clone")
-    write_csv("bench_shift", [comparison])
+inputs = rotated(args, make)
+candidates = {"shift2d": lambda run: shift2d(inputs[run % len(inputs)]), "clone": ...}
+comparison = Comparison(args, "fp32 NCHW", candidates, moved_bytes)
+comparison.ratio("shift2d / clone: time ratio", "shift2d", "clone")
+write_csv("bench_shift", [comparison])
 """
 
 import argparse

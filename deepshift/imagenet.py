@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.data import DataError, ImageFolderLoader, write_digits_folder
 from deepshift import engine, flags
-from deepshift.runs import RunError
 from deepshift.launch import run_task
+from deepshift.runs import RunError
 from deepshift.tasks import Task
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
