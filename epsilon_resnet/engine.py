@@ -182,14 +182,7 @@ def train_one_epoch(model, batches, optimizer, statistics, *, epoch, world, epsi
         if output.side_logits is not None:
             cost = loss + SIDE_WEIGHT * F.cross_entropy(output.side_logits.float(), targets)
         optimizer.param_groups[0]["weight_decay"] = decay(first_step + step)
-        optimizer.zero_grad(set_to_none=True)
-        if scaler is None:
-            cost.backward()
-            optimizer.step()
-        else:
-            scaler.scale(cost).backward()
-            scaler.step(optimizer)
-            scaler.update()
+        _step(cost, optimizer, scaler)
         statistics.update(first_step + step, output, epsilon, loss, targets)
         meter.add(loss, output, targets)
         if device.type == "cpu":
@@ -204,6 +197,17 @@ def train_one_epoch(model, batches, optimizer, statistics, *, epoch, world, epsi
     meter.reduce()
     progress.finish()
     return meter.result()
+
+
+def _step(cost, optimizer, scaler):
+    optimizer.zero_grad(set_to_none=True)
+    if scaler is None:
+        cost.backward()
+        optimizer.step()
+    else:
+        scaler.scale(cost).backward()
+        scaler.step(optimizer)
+        scaler.update()
 
 
 def _require_finite(loss, epoch, step):

@@ -258,53 +258,21 @@ def _one_epoch(training: Training, run: Run, loaders, model, optimizer):
     if world.is_main:
         print(f"\nCuda {args.visible_device} {'Basis ' if training.similarity else ''}Epoch: {index + 1}", flush=True)
     rate = args.lr * training.schedule.factor(index, args.epochs)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    # Random numbers of an epoch (dropout) depend on seed, epoch and rank only, so a resumed run draws the same.
-    torch.manual_seed((training.seed * 1_000_003 + index) * 4099 + world.rank)
-    train_loader.set_epoch(index)
-    train_loss, train_top1, train_top5 = engine.train_one_epoch(
-        model,
-        training.net,
-        train_loader,
-        optimizer,
-        similarity=training.similarity,
-        weight=args.lambdaR,
-        epoch=index + 1,
-        world=world,
-        amp_dtype=training.amp_dtype,
-        scaler=training.scaler,
-    )
+    train_loss, train_top1, train_top5 = _train_epoch(training, train_loader, model, optimizer, rate)
     train_seconds = time.monotonic() - start
     test_loss, top1, top5 = engine.evaluate(training.net, test_loader, world=world)
     training.done += 1
-    improved = top1 > training.best["acc"]
-    if improved:
-        training.best = {"acc": top1, "acc5": top5, "epoch": index, "path": run.best_path}
-        run.save_best(training.payload(optimizer, top1, top5))
-    if args.dataset == "ilsvrc" and training.done % SAVED_EVERY == 0:
-        run.save_numbered(training.payload(optimizer, top1, top5), training.done)
+    improved = _save_epoch(training, run, optimizer, top1, top5)
     seconds = time.monotonic() - start
     training.seconds += seconds
     if world.is_main:
         print(f"Training_Acc_Top1 = {train_top1:.3f}\nTraining_Acc_Top5 = {train_top5:.3f}")
         _print_test(training, test_loss, top1, top5, improved)
         print(f"Time:  {seconds}", flush=True)
-    run.log_epoch(
-        {
-            "epoch": index,
-            "lr": rate,
-            "train_loss": train_loss,
-            "train_top1": train_top1,
-            "train_top5": train_top5,
-            "test_loss": test_loss,
-            "test_top1": top1,
-            "test_top5": top5,
-            **training.measured(),
-            "seconds": seconds,
-            "images_per_second": train_loader.num_images / train_seconds,
-        }
-    )
+    trained = {"epoch": index, "lr": rate, "train_loss": train_loss, "train_top1": train_top1, "train_top5": train_top5}
+    tested = {"test_loss": test_loss, "test_top1": top1, "test_top5": top5, **training.measured()}
+    speed = {"seconds": seconds, "images_per_second": train_loader.num_images / train_seconds}
+    run.log_epoch({**trained, **tested, **speed})
     if training.done < args.epochs and training.schedule.starts_stage(training.done, args.epochs):
         if world.is_main:
             print(f"Restarting from {training.best['path']}, epoch {training.best['epoch'] + 1}", flush=True)
@@ -312,6 +280,38 @@ def _one_epoch(training: Training, run: Run, loaders, model, optimizer):
         optimizer = training.new_optimizer()
     run.save_last(training.last_payload(optimizer, top1, top5))
     return top1, optimizer
+
+
+def _train_epoch(training: Training, loader, model, optimizer, rate: float):
+    """Train once over the images at learning rate `rate`. Returns (loss, top-1, top-5)."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    # Random numbers of an epoch (dropout) depend on seed, epoch and rank only, so a resumed run draws the same.
+    torch.manual_seed((training.seed * 1_000_003 + training.done) * 4099 + training.world.rank)
+    loader.set_epoch(training.done)
+    return engine.train_one_epoch(
+        model,
+        training.net,
+        loader,
+        optimizer,
+        similarity=training.similarity,
+        weight=training.args.lambdaR,
+        epoch=training.done + 1,
+        world=training.world,
+        amp_dtype=training.amp_dtype,
+        scaler=training.scaler,
+    )
+
+
+def _save_epoch(training: Training, run: Run, optimizer, top1: float, top5: float) -> bool:
+    """Save the best network, and ILSVRC2012's every few epochs. Returns whether this epoch's is the best."""
+    improved = top1 > training.best["acc"]
+    if improved:
+        training.best = {"acc": top1, "acc5": top5, "epoch": training.done - 1, "path": run.best_path}
+        run.save_best(training.payload(optimizer, top1, top5))
+    if training.args.dataset == "ilsvrc" and training.done % SAVED_EVERY == 0:
+        run.save_numbered(training.payload(optimizer, top1, top5), training.done)
+    return improved
 
 
 def _print_test(training: Training, test_loss: float, top1: float, top5: float, improved: bool):

@@ -1,6 +1,7 @@
 """MNIST, CIFAR-10, CIFAR-100 and SVHN as uint8 tensors, from files in torchvision's layout that were verified first.
 
-Nothing here trusts a file: CIFAR's are pickles, so none is interpreted before its md5 matched.
+Nothing here trusts a file: CIFAR's are pickles, so none is interpreted before its md5 matched, and then only arrays are
+built from it.
 """
 
 import gzip
@@ -191,8 +192,24 @@ def _parse_idx(content):
     return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
 
 
+class _ArrayUnpickler(pickle.Unpickler):
+    """Builds plain values and NumPy arrays only."""
+
+    ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
+        (f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")
+    }
+
+    def find_class(self, module, name):
+        if (module, name) not in self.ALLOWED:
+            raise DataError(
+                f"a CIFAR file asks for {module}.{name}: refused, nothing in it was executed; delete the file"
+            )
+        return super().find_class(module, name)
+
+
 def _read_cifar(root, files):
-    *batches, meta = (pickle.loads(_verified(root, file), encoding="latin1") for (file,) in files)
+    contents = (_ArrayUnpickler(io.BytesIO(_verified(root, file)), encoding="latin1").load() for (file,) in files)
+    *batches, meta = contents
     images = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
     targets = np.concatenate([batch.get("labels", batch.get("fine_labels")) for batch in batches])
     return images, targets, list(meta.get("label_names", meta.get("fine_label_names")))

@@ -241,6 +241,18 @@ def test_nothing_in_an_altered_file_is_executed(cifar, tmp_path):
         assert not (tmp_path / "executed").exists()
 
 
+def test_a_pickle_that_passes_verification_builds_arrays_only(cifar, tmp_path, monkeypatch):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    name, files, _ = cifar
+    write(tmp_path, dict.fromkeys(files, pickle.dumps(Payload())))
+    monkeypatch.setattr(datasets, "_verified", lambda root, file: pickle.dumps(Payload()))
+    assert "posix.mkdir: refused, nothing in it was executed" in error_of(name, tmp_path, split="train")
+    assert not (tmp_path / "executed").exists()
+
+
 def test_absent_and_not_to_be_downloaded(cifar, mnist, svhn, tmp_path):
     for name in (cifar[0], "mnist", "svhn"):
         text = error_of(name, tmp_path / "new", split="train", download=False)
