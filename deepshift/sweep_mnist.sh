@@ -32,7 +32,7 @@ run() {
   echo "+ ${command[*]}"
   [ -n "${DRY_RUN:-}" ] && return
   # One line per epoch is enough here.
-  "${command[@]}" --log-interval=1000000 --print-weights=False | grep -E "Accuracy|Finished|finished|note" || true
+  "${command[@]}" --log-interval=1000000 --print-weights=False | grep --line-buffered -E "Accuracy|Finished|finished|note" || true
   [ "${PIPESTATUS[0]}" = 0 ] || { echo "sweep: failed: ${command[*]}" >&2; failed=1; }
 }
 
