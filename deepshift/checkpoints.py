@@ -116,10 +116,16 @@ def require_same(loaded: Loaded, config: dict) -> list[str]:
                 f"{loaded.path} is of another {text}, it was written with {in_flags(theirs)}; "
                 f"the flags ask for {in_flags(config)}"
             )
+    return differences(loaded, config, ["normalize"] + ["weight_bits", "activation_bits"] * bool(config["layers"]))
+
+
+def differences(loaded: Loaded, config: dict, names: list[str]) -> list[str]:
+    """In words, for those of `names` that the file tells and that are not as in `config`."""
+    theirs = loaded.config or {}
     return [
         f"{loaded.path} was written with {name.replace('_', ' ')} {theirs[name]}, not {config[name]}"
-        for name in ("weight_bits", "activation_bits")
-        if config["layers"] and theirs[name] != config[name]
+        for name in names
+        if theirs.get(name, config[name]) != config[name]
     ]
 
 

@@ -21,7 +21,10 @@ from deepshift.launch import run_task
 from deepshift.tasks import Task, memory_loaders
 from deepshift.zoo import architectures
 
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+MOMENTS = {  # mean and standard deviation of the colours
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
 DROPS = (80, 120, 160, 180)  # epochs; 0-based
 WARMED_UP = ("resnet110", "resnet1202")  # one epoch at a tenth of the rate
 
@@ -49,7 +52,8 @@ class Cifar10(Task):
         return 15 if args.weights or args.pretrained else 200
 
     def loaders(self, args, seed, device, world):
-        return memory_loaders("cifar10", args, device, world, seed=seed, mean=MEAN, std=STD,
+        mean, std = MOMENTS[args.normalize]
+        return memory_loaders("cifar10", args, device, world, seed=seed, mean=mean, std=std,
                               test_batch_size=args.batch_size, augment={"pad": 4, "flip": True})  # fmt: skip
 
 
@@ -77,6 +81,9 @@ def build_parser():
                         help="keep the float parameters as they are (default: %(default)s)")  # fmt: skip
     flags.add_run_flags(parser)
     flags.add_added_flags(parser)
+    parser.add_argument("--normalize", default="cifar10", choices=tuple(MOMENTS),
+                        help="mean and standard deviation of the images: those of ImageNet for networks that were "
+                             "trained so elsewhere; added here (default: %(default)s)")  # fmt: skip
     return parser
 
 

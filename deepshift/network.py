@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from deepshift.checkpoints import Loaded, load_into, read_model, read_weights, require_same
+from deepshift.checkpoints import Loaded, differences, load_into, read_model, read_weights, require_same
 from deepshift.convert import convert_to_shift, convert_to_unoptimized, shift_layers
 from deepshift.modules_unoptimized import UnoptimizedConv2d, UnoptimizedLinear
 from deepshift.runs import RunError, label
@@ -45,11 +45,14 @@ def build_network(args, dataset: str, say=print) -> Network:
         if weights.is_converted:
             after = weights
         else:
+            loaded = weights
             load_into(model, weights)
     count = convert(args, dataset, model, loaded is not None and loaded.is_converted)
     network = Network(model, describe(args, dataset, arch, model, count), _label(args, dataset, model))
+    for note in differences(loaded, network.config, ["normalize"]) if loaded is not None else ():
+        say(f"note: {note}")
     if loaded is not None and loaded.is_converted:
-        network.config = {**loaded.config, "arch": arch}
+        network.config = {**loaded.config, "arch": arch, "normalize": network.config["normalize"]}
     if after is not None:
         load_converted(network, after, say)
     _check_weights(model, say)
@@ -120,6 +123,7 @@ def describe(args, dataset: str, arch: str, model: nn.Module, count: int) -> dic
         "convert_all_linear": _all_linear(dataset, arch),
         "weight_bits": args.weight_bits,
         "activation_bits": [args.activation_integer_bits, args.activation_fraction_bits],
+        "normalize": getattr(args, "normalize", dataset),
         "layers": layers,
     }
 

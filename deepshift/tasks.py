@@ -18,7 +18,7 @@ PUBLISHED = Path(__file__).with_name("published.csv")
 COMPARED_FLAGS = (
     "arch", "pretrained", "shift_type", "shift_depth", "rounding", "weight_bits", "activation_bits", "epochs",
     "start_epoch", "batch_size", "batch_multiplier", "optimizer", "lr", "lr_schedule", "lr_step_size", "lr_sign",
-    "momentum", "weight_decay", "alternate_update", "freeze", "desc", "evaluate",
+    "momentum", "weight_decay", "alternate_update", "freeze", "desc", "evaluate", "normalize",
 )  # fmt: skip
 
 

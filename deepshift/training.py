@@ -20,8 +20,8 @@ from deepshift.runs import Run, RunError
 RESULT_FLAGS = (
     "arch", "model", "weights", "pretrained", "shift_type", "shift_depth", "rounding", "weight_bits", "activation_bits",
     "epochs", "batch_size", "batch_multiplier", "optimizer", "lr", "lr_schedule", "lr_step_size", "lr_sign", "momentum",
-    "weight_decay", "alternate_update", "freeze", "dataset", "embedded_data", "train_size", "image_size", "amp",
-    "channels_last", "seed",
+    "weight_decay", "alternate_update", "freeze", "dataset", "embedded_data", "train_size", "image_size", "normalize",
+    "amp", "channels_last", "seed",
 )  # fmt: skip
 
 

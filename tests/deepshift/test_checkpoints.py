@@ -183,6 +183,26 @@ def test_files_of_other_networks_are_refused_with_the_flags_they_need(tmp_path):
             network(cifar10, *others, f"--weights={tmp_path / 'plain.pth'}")
 
 
+def test_images_are_normalized_as_asked_and_files_remember_it(tmp_path, capsys):
+    def run(*flags):
+        common = ["--arch=lenet", "--embedded-data", "--train-size=64", "--epochs=1", "--device=cpu", "--seed=1",
+                  "--optimizer=adam", "--lr=0.01", "--print-weights=False", f"--output-dir={tmp_path}"]  # fmt: skip
+        cifar10.main([*common, *flags])
+        return capsys.readouterr().out
+
+    run("--desc=imagenet", "--normalize=imagenet")
+    run("--desc=own")
+    folder = tmp_path / "cifar10" / "lenet"
+    states = [torch.load(folder / f"shift_0_{name}" / "checkpoint.pth.tar", weights_only=True)["state_dict"]
+              for name in ("imagenet", "own")]  # fmt: skip
+    assert not torch.equal(states[0]["conv1.weight"], states[1]["conv1.weight"])
+    note = "was written with normalize imagenet, not cifar10"
+    for way in ("--weights", "--model", "--resume"):
+        flags = "-e", way, str(folder / "shift_0_imagenet" / "weights.pth")
+        assert note in run(*flags)
+        assert note not in run(*flags, "--normalize=imagenet")
+
+
 def test_mistakes_at_run_time_are_one_line(tmp_path, capsys):
     from deepshift import engine
 
@@ -209,12 +229,13 @@ def test_mistakes_at_run_time_are_one_line(tmp_path, capsys):
 
 
 def test_real_resnet20_loads_converts_and_classifies(shared_dir, real_data_dir, tmp_path):
-    """The public weights (8.27% error under other normalisation), the first 400 test images; see the README."""
+    """The public weights (8.27% error with ImageNet's normalization) on the first 400 test images; see the README."""
     from common.data import TensorLoader, load_dataset
 
     path = shared_dir / "data" / "checkpoints" / "deepshift" / "resnet20-12fca82f.th"
     images = load_dataset("cifar10", real_data_dir, split="test", download=False).subset(400)
-    loader = TensorLoader(images, 100, train=False, mean=cifar10.MEAN, std=cifar10.STD)
+    mean, std = cifar10.MOMENTS["imagenet"]
+    loader = TensorLoader(images, 100, train=False, mean=mean, std=std)
     from deepshift import engine
 
     found = {}
