@@ -143,11 +143,14 @@ __device__ inline void conv2d_fixed(const Word* __restrict__ codes, const int* _
     const long long image = at / ((long long)y_width * y_height * outputs);
     const long long first = (image * groups + output / (outputs / groups)) * inputs;
     long long index = (long long)output * inputs * kernel_h * kernel_w, total = 0;
-    for (int c = 0; c < inputs; ++c) {
-      for (int i = 0; i < kernel_h; ++i) {
-        for (int j = 0; j < kernel_w; ++j, ++index) {
-          const int h = row * stride_h - padding_h + i * dilation_h, w = column * stride_w - padding_w + j * dilation_w;
-          if (h < 0 || h >= height || w < 0 || w >= width) continue;
+    for (int i = 0; i < kernel_h; ++i) {
+      for (int j = 0; j < kernel_w; ++j) {
+        const int h = row * stride_h - padding_h + i * dilation_h, w = column * stride_w - padding_w + j * dilation_w;
+        if (h < 0 || h >= height || w < 0 || w >= width) {
+          index += inputs;
+          continue;
+        }
+        for (int c = 0; c < inputs; ++c, ++index) {
           total += shifted(x[((first + c) * height + h) * width + w], code_at<bits>(codes, index), base, zero);
         }
       }

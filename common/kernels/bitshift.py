@@ -9,37 +9,33 @@ plain PyTorch elsewhere, which is the definition: unpack, then the library's pro
 import functools
 import logging
 import threading
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from common.kernels.bitshift_pack import (
     PackedShiftWeights,
     code_bytes,
+    memory_format_of,
     output_size,
     pack_shift_weights,
-    unpack_codes,
-    unpack_integers,
+)
+from common.kernels.bitshift_reference import (
+    MOST_TERMS,
+    Weights,
+    as_wide,
+    conv2d_fixed_reference,
+    conv2d_reference,
+    linear_fixed_reference,
+    linear_reference,
+    wide,
 )
 
 __all__ = ["PackedShiftWeights", "bitshift_conv2d", "bitshift_linear", "overflow_count", "pack_shift_weights"]
 
 FLOAT = -1  # `fraction` of the operators that asks for float arithmetic
 MOST_LEFT_SHIFT = 16  # of the fixed-point path: exact 64-bit sums up to here
-MOST_TERMS = 2**22  # of one fixed-point sum: below this, 32-bit terms add up exactly in float64
 _log = logging.getLogger("effnets")
-
-
-class Weights(NamedTuple):
-    """What a kernel needs of PackedShiftWeights."""
-
-    codes: Tensor
-    shape: tuple[int, ...]
-    bits: int
-    base: int
-    zero: bool
 
 
 def bitshift_linear(x, packed, bias=None, arithmetic="float", activation_bits=(16, 16)):
@@ -54,7 +50,8 @@ def bitshift_linear(x, packed, bias=None, arithmetic="float", activation_bits=(1
     """
     name = "bitshift_linear"
     weights, fraction = _weights(packed, name, 2), _fraction(arithmetic, activation_bits, name)
-    return _linear_operator(x, *weights[:1], bias, *weights[1:], fraction)
+    call = _linear if _is_plain(x, bias) else _linear_operator
+    return call(x, *weights[:1], bias, *weights[1:], fraction)
 
 
 def bitshift_conv2d(
@@ -71,14 +68,14 @@ def bitshift_conv2d(
     """F.conv2d with packed power-of-two weights of shape (out, in / groups, kh, kw).
 
     x: (N, in, H, W), floating, any device; bias: (out,) or None; stride, padding, dilation: an int or a pair, zero
-    padding. Returns (N, out, H', W') in x's dtype. packed, arithmetic, activation_bits, int32 input, errors: as
-    `bitshift_linear`.
+    padding. Returns (N, out, H', W') in x's dtype and memory format; channels-last is the faster one. packed,
+    arithmetic, activation_bits, int32 input, errors: as `bitshift_linear`.
     """
     name = "bitshift_conv2d"
     weights, fraction = _weights(packed, name, 4), _fraction(arithmetic, activation_bits, name)
-    pairs = [_pair(value, what, least) for value, what, least in ((stride, "stride", 1), (padding, "padding", 0))]
-    pairs.append(_pair(dilation, "dilation", 1))
-    return _conv2d_operator(x, *weights[:1], bias, *weights[1:], *pairs, groups, fraction)
+    stride, padding, dilation = _pair(stride, "stride", 1), _pair(padding, "padding", 0), _pair(dilation, "dilation", 1)
+    call = _conv2d if _is_plain(x, bias) else _conv2d_operator
+    return call(x, *weights[:1], bias, *weights[1:], stride, padding, dilation, groups, fraction)
 
 
 def overflow_count(reset=False):
@@ -145,7 +142,33 @@ def _fraction(arithmetic, activation_bits, name):
     return fraction
 
 
+def _is_plain(x, bias):
+    """Whether nothing watches or transforms the call, so that PyTorch's dispatcher, 40 us for an operator in Python,
+    would only call the kernel: an ordinary tensor on the CPU, no gradient, no torch.compile, no mode, no functorch."""
+    if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    tensors = (x,) if bias is None else (x, bias)
+    wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return not wants_gradient and not _is_watched(*tensors)
+
+
+def _is_watched(*tensors):
+    c = torch._C
+    try:
+        return bool(
+            c._len_torch_dispatch_stack()
+            or c._len_torch_function_stack()
+            or any(c._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
+            or torch.jit.is_tracing()
+            or torch.autograd._profiler_enabled()
+        )
+    except AttributeError:  # another PyTorch
+        return True
+
+
 def _pair(value, what, least):
+    if type(value) is int and value >= least:
+        return value, value
     pair = (value, value) if isinstance(value, (int, torch.SymInt)) else tuple(value)
     if len(pair) != 2 or not all(isinstance(n, (int, torch.SymInt)) and n >= least for n in pair):
         raise ValueError(f"bitshift_conv2d: {what} must be one or two integers of at least {least}, not {value}")
@@ -188,64 +211,6 @@ def _check_conv2d(x, weights, bias, groups, fraction):
         raise ValueError(f"bitshift_conv2d: x must have shape (N, {channels}, H, W), not {tuple(x.shape)}")
 
 
-# Plain PyTorch: the definition.
-
-
-def _wide(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def linear_reference(x, weights, bias):
-    """Float arithmetic of bitshift_linear: unpacked weights, the library's product in at least float32."""
-    return F.linear(x.to(_wide(x.dtype)), unpack_codes(*weights).to(_wide(x.dtype)), _as(bias, x)).to(x.dtype)
-
-
-def conv2d_reference(x, weights, bias, *geometry, unpack=lambda weights: unpack_codes(*weights)):
-    """Float arithmetic of bitshift_conv2d. geometry: stride, padding, dilation, groups."""
-    weight = unpack(weights).to(_wide(x.dtype))
-    return F.conv2d(x.to(_wide(x.dtype)), weight, _as(bias, x), *geometry).to(x.dtype)
-
-
-def _as(bias, x):
-    return None if bias is None else bias.to(_wide(x.dtype))
-
-
-def shift_and_add(x, weights, product):
-    """Exact int64 sums of the fixed-point path: for each exponent, shift x, then add and subtract by product(x, signs).
-
-    x: int32. product: a linear operation in float64, which adds these integers exactly: terms are below 2**31 and
-    fewer than 2**22.
-    """
-    negative, magnitude = unpack_integers(weights.codes, weights.shape, weights.bits)
-    total = 0
-    for m in range(2 ** (weights.bits - 1)):
-        exponent = weights.base + m
-        signs = torch.where(magnitude == m, 1.0 - 2.0 * negative.double(), 0.0)
-        if (weights.zero and m == 0) or not signs.any():
-            continue
-        terms = product((x >> min(31, max(0, -exponent))).double(), signs)
-        total = total + (terms.long() << max(0, exponent))
-    return total
-
-
-def linear_fixed_reference(x, weights):
-    """int32 x (..., in) -> int64 (..., out), exact."""
-    total = shift_and_add(x, weights, F.linear)
-    return total if isinstance(total, Tensor) else x.new_zeros((*x.shape[:-1], weights.shape[0]), dtype=torch.int64)
-
-
-def conv2d_fixed_reference(x, weights, *geometry):
-    """int32 x (N, in, H, W) -> int64 (N, out, H', W'), exact."""
-
-    def product(x, signs):
-        with torch.backends.cudnn.flags(enabled=False):  # no algorithm that transforms its input
-            return F.conv2d(x, signs, None, *geometry)
-
-    total = shift_and_add(x, weights, product)
-    shape = output_size(x.shape, weights.shape, *geometry[:3])
-    return total if isinstance(total, Tensor) else x.new_zeros(shape, dtype=torch.int64)
-
-
 def to_fixed(x, fraction):
     """int32 integers of x * 2**fraction, truncated toward zero; (integers, number of x outside of int32).
 
@@ -267,7 +232,7 @@ def _fixed(x, bias, fraction, exact_sums, channel):
         sums = sums + added.long().view([-1 if d == channel % sums.dim() else 1 for d in range(sums.dim())])
     y = sums.int()
     _overflows.add((y != sums).sum() + (0 if outside is None else outside))
-    return (y.to(_wide(x.dtype)) / 2.0**fraction).to(x.dtype) if x.is_floating_point() else y
+    return (y.to(wide(x.dtype)) / 2.0**fraction).to(x.dtype) if x.is_floating_point() else y
 
 
 # The operators.
@@ -338,9 +303,13 @@ def _conv2d(x, codes, bias, shape, bits, base, zero, stride, padding, dilation, 
     output_size(x.shape, weights.shape, stride, padding, dilation)
     geometry, kernels = (stride, padding, dilation, groups), _kernels(x)
     if fraction != FLOAT:
-        return _fixed(x, bias, fraction, lambda integers: _conv2d_sums(kernels, integers, weights, geometry), 1)
-    unpack = {"unpack": kernels.unpack} if kernels else {}
-    return conv2d_reference(x, weights, bias, *geometry, **unpack)
+        y = _fixed(x, bias, fraction, lambda integers: _conv2d_sums(kernels, integers, weights, geometry), 1)
+        return y.contiguous(memory_format=memory_format_of(x))
+    if kernels is None:
+        return conv2d_reference(x, weights, bias, *geometry)
+    if x.dtype == torch.float32:
+        return kernels.conv2d(x, weights, as_wide(bias, x), *geometry)
+    return kernels.conv2d(x.float(), weights, as_wide(bias, x), *geometry).to(x.dtype)
 
 
 def _linear_fake(x, codes, bias, shape, bits, base, zero, fraction):
@@ -351,7 +320,8 @@ def _linear_fake(x, codes, bias, shape, bits, base, zero, fraction):
 def _conv2d_fake(x, codes, bias, shape, bits, base, zero, stride, padding, dilation, groups, fraction):
     weights = Weights(codes, tuple(shape), bits, base, zero)
     _check_conv2d(x, weights, bias, groups, fraction)
-    return x.new_empty(output_size(x.shape, weights.shape, stride, padding, dilation))
+    shape = output_size(x.shape, weights.shape, stride, padding, dilation)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
 
 
 class _ForwardOnly(torch.autograd.Function):

@@ -1,13 +1,11 @@
 """CUDA kernels of bitshift: which kernel of bitshift.cu, on how many threads. CuPy is imported on first use."""
 
-import math
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from common.kernels import launch
-from common.kernels.bitshift_pack import BLOCK, GROUP, output_size
+from common.kernels.bitshift_pack import BLOCK, GROUP, in_order, memory_format_of, output_size
 
 WARPS = 16  # per thread block of a linear layer, at most: the kernel's shared memory is as large
 THREADS = 256
@@ -83,10 +81,16 @@ def _unpack_transposed(weights):
 
 
 def unpack(weights):
-    """The weights of a convolution, float32, shape weights.shape."""
+    """The weights of a convolution, float32, shape weights.shape, channels-last."""
     blocks = weights.codes.numel() // (GROUP * weights.bits)
     y = _unpack(weights, torch.empty(blocks * BLOCK, device=weights.codes.device), 1, BLOCK, GROUP)
-    return y[: math.prod(weights.shape)].view(weights.shape)
+    return in_order(y, weights.shape)
+
+
+def conv2d(x, weights, bias, *geometry):
+    """float32 x (N, in, H, W) -> (N, out, H', W'), in x's memory format. geometry: from stride to groups."""
+    y = F.conv2d(x, unpack(weights), bias, *geometry)  # one channels-last argument makes it so
+    return y.contiguous(memory_format=memory_format_of(x))
 
 
 def conv2d_fixed(x, weights, stride, padding, dilation, groups):

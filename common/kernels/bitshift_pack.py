@@ -7,13 +7,14 @@ group apart without moving anything across its halves, and finds its weights in 
 """
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
 
 BLOCK, GROUP = 256, 32
 SCHEMES = ("PS", "Q", "S3")
-VERSION = 1
+VERSION = 2
 # Byte of a group that holds its i-th weight. Interleaving two bytes per weight (the upper half of a float) within each
 # 16-byte half, then spreading even and odd pairs, yields four vectors of eight floats: weights 0-7, 8-15, 16-23, 24-31.
 _BYTE_OF = [i % 8 // 4 * 16 + i // 16 * 8 + i % 4 * 2 + i // 8 % 2 for i in range(GROUP)]
@@ -24,7 +25,7 @@ class PackedShiftWeights:
     """Weights 0 and +-2**p of a linear layer, shape (out, in), or a convolution, shape (out, in / groups, kh, kw).
 
     codes: 1-D uint8. A linear layer's weights are in panels of 32 outputs (rows), each with the weights of one input
-    after the other, inputs filled up to a multiple of 8; a convolution's are in their own order.
+    after the other, inputs filled up to a multiple of 8; a convolution's are in channels-last order (out, kh, kw, in).
     bits: of one code, 2 to 6. scheme: "PS", "Q" or "S3". base: exponent of magnitude 0. zero: whether m = 0 means 0.
     """
 
@@ -51,7 +52,7 @@ class PackedShiftWeights:
 
     def unpack(self):
         """The weights, exactly: float32, shape `shape`, on the codes' device."""
-        return unpack_codes(self.codes, self.shape, self.bits, self.base, self.zero)
+        return unpack_codes(self.codes, self.shape, self.bits, self.base, self.zero).contiguous()
 
     def state(self):
         """Tensors and plain values only, for torch.save and torch.load(weights_only=True); undone by `from_state`."""
@@ -95,10 +96,7 @@ def code_bytes(shape, bits):
 def _slots(shape):
     if len(shape) == 2:
         return -(-shape[0] // GROUP) * GROUP * (-(-shape[1] // 8) * 8)
-    count = 1
-    for n in shape:
-        count *= n
-    return count
+    return math.prod(shape)
 
 
 def pack_shift_weights(weight, bits, scheme):
@@ -190,7 +188,7 @@ def _arrange(code):
         panels, columns_filled = -(-rows // GROUP), -(-columns // 8) * 8
         code = torch.nn.functional.pad(code, (0, columns_filled - columns, 0, panels * GROUP - rows))
         return code.view(panels, GROUP, columns_filled // 8, 8).permute(0, 2, 3, 1).reshape(-1, 8, GROUP)
-    flat = code.flatten()
+    flat = code.permute(0, 2, 3, 1).flatten()
     return torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, 8, GROUP)
 
 
@@ -200,7 +198,13 @@ def _restore(code, shape):
         panels, blocks = -(-shape[0] // GROUP), -(-shape[1] // 8)
         rows = code.view(panels, blocks, 8, GROUP).permute(0, 3, 1, 2).reshape(panels * GROUP, blocks * 8)
         return rows[: shape[0], : shape[1]]
-    return code.flatten()[: _slots(shape)].view(shape)
+    return in_order(code.flatten(), shape)
+
+
+def in_order(flat, shape):
+    """View of shape (out, in, kh, kw) on a convolution's weights as they are stored, and possibly more behind them."""
+    outputs, inputs, *kernel = shape
+    return flat[: _slots(shape)].view(outputs, *kernel, inputs).permute(0, 3, 1, 2)
 
 
 def low_bits(bits):
@@ -260,8 +264,16 @@ def unpack_integers(codes, shape, bits):
 
 def output_size(x_shape, weight_shape, stride, padding, dilation):
     """(N, out, H', W') of a convolution. Raises ValueError where the kernel exceeds the padded image."""
-    reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight_shape[2:], strict=True)]
-    padded = [size + 2 * p for size, p in zip(x_shape[2:], padding, strict=True)]
-    if any(size < r for size, r in zip(padded, reach, strict=True)):
-        raise ValueError(f"convolution: the kernel spans {tuple(reach)}, more than the padded image, {tuple(padded)}")
-    return (x_shape[0], weight_shape[0], *((n - r) // s + 1 for n, r, s in zip(padded, reach, stride, strict=True)))
+    images, _, height, width = x_shape
+    outputs, _, kernel_h, kernel_w = weight_shape
+    reach = dilation[0] * (kernel_h - 1) + 1, dilation[1] * (kernel_w - 1) + 1
+    padded = height + 2 * padding[0], width + 2 * padding[1]
+    if padded[0] < reach[0] or padded[1] < reach[1]:
+        raise ValueError(f"convolution: the kernel spans {reach}, more than the padded image, {padded}")
+    return images, outputs, (padded[0] - reach[0]) // stride[0] + 1, (padded[1] - reach[1]) // stride[1] + 1
+
+
+def memory_format_of(x):
+    """Memory format of a convolution's output: that of its input x."""
+    is_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if is_last else torch.contiguous_format

@@ -66,7 +66,7 @@ def test_size_and_state(tmp_path):
 
 def test_state_is_checked():
     state = pack_shift_weights(torch.ones(4, 8), 4, "PS").state()
-    changes = [{"version": 2}, {"codes": state["codes"][1:]}, {"bits": 9}, {"shape": [4, 9, 1]}, {"base": 200}]
+    changes = [{"version": 3}, {"codes": state["codes"][1:]}, {"bits": 9}, {"shape": [4, 9, 1]}, {"base": 200}]
     for change in changes:
         with pytest.raises(ValueError, match="^packed weights: "):
             PackedShiftWeights.from_state({**state, **change})
@@ -256,7 +256,10 @@ def test_layouts_and_shapes(path, arithmetic):
     x = torch.randn(2, 3, 6, 7)
     y = bitshift_conv2d(x, conv, arithmetic=arithmetic)
     for same in (x.contiguous(memory_format=torch.channels_last), x.mT.contiguous().mT):
-        torch.testing.assert_close(bitshift_conv2d(same, conv, arithmetic=arithmetic), y)
+        z = bitshift_conv2d(same, conv, arithmetic=arithmetic)
+        torch.testing.assert_close(z, y)
+        is_last = same.is_contiguous(memory_format=torch.channels_last)
+        assert z.is_contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)
     assert bitshift_conv2d(x[:0], conv, arithmetic=arithmetic).shape == (0, 4, 4, 5)
 
 

@@ -102,9 +102,9 @@ def test_after_a_fork(pool):
 
 WITHOUT_BYTE_SHUFFLE = """
 import torch, torch.nn.functional as F
-from common.kernels import bitshift_cpu, bitshift_linear, bitshift_conv2d, pack_shift_weights
+from common.kernels import bitshift_cpu_kernels, bitshift_linear, bitshift_conv2d, pack_shift_weights
 from tests.common.bitshift_cases import CODES, random_weights
-assert not bitshift_cpu._has_byte_shuffle()
+assert not bitshift_cpu_kernels._has_byte_shuffle()
 for scheme, bits in CODES:
     weight = random_weights((40, 24), scheme, bits)
     packed, x = pack_shift_weights(weight, bits, scheme), torch.randint(-8, 9, (3, 24)).float()
@@ -140,8 +140,9 @@ def test_without_numba(why, monkeypatch, caplog):
     """The plain path, and one line in the log."""
     if why == "missing":
         monkeypatch.setitem(sys.modules, "numba", None)
-        monkeypatch.delitem(sys.modules, "common.kernels.bitshift_cpu", raising=False)
-        monkeypatch.delattr("common.kernels.bitshift_cpu", raising=False)
+        for name in ("bitshift_cpu", "bitshift_cpu_kernels"):
+            monkeypatch.delitem(sys.modules, f"common.kernels.{name}", raising=False)
+            monkeypatch.delattr(f"common.kernels.{name}", raising=False)
     else:
         numba = pytest.importorskip("numba")
         monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)

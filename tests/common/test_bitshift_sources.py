@@ -77,7 +77,7 @@ def test_linear_on_a_small_grid(host_bitshift):
 
 @pytest.mark.parametrize("scheme, bits", CODES)
 def test_unpack(host_bitshift, scheme, bits):
-    """Every code of the scheme; a convolution in its own order, a linear layer transposed."""
+    """Every code of the scheme; a convolution channels-last, a linear layer transposed."""
     conv = random_weights((5, 7, 3, 3), scheme, bits)
     packed = pack_shift_weights(conv, bits, scheme)
     blocks = packed.nbytes // (32 * packed.bits)
@@ -89,7 +89,7 @@ def test_unpack(host_bitshift, scheme, bits):
     z, sizes_linear = np.zeros((24, 64), np.float32), (np.int64(6), np.int32(3), np.int64(32), np.int64(64))
     arguments = [codes(packed), y, *sizes, *last], [codes(packed_linear), z, *sizes_linear, *last]
     (_, y), (_, z) = host_bitshift.run([(name, grid, block, arguments[0]), (name, (1, 1, 1), (32, 2, 1), arguments[1])])
-    assert np.array_equal(y[: conv.numel()], conv.numpy().ravel())
+    assert np.array_equal(y[: conv.numel()], conv.permute(0, 2, 3, 1).numpy().ravel())
     assert np.array_equal(z[:20, :40], linear.numpy().T)
 
 
