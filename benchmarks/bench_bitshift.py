@@ -1,14 +1,15 @@
 """Packed power-of-two layers against the library's layers with ordinary weights.
 
-    python benchmarks/bench_bitshift.py [--bits 4 5] [--batches 1 8 64] [--layers vgg square conv] [--device cuda]
+    python benchmarks/bench_bitshift.py [--bits 4 5] [--batches 1 8 64] [--layers vgg square conv network]
 
 Linear layers 4096 x 4096 (square) and 25088 -> 4096 (vgg: the largest of VGG16) against F.linear in fp32 and bf16, with
-weights rotated past the cache; ResNet18's convolutions at 224 x 224, batch 1, against F.conv2d. Targets on the CPU, two
-cores: vgg, batch 1, 4 bits at least 4x fp32 and 1.8x bf16; batch 64 at least 1x fp32, although F.linear is spared the
-unpacking here. Ratios above 1 mean that the packed layer is faster. Some processors emulate bf16: then its ratio says
-nothing about packing.
+weights rotated past the cache; ResNet18's convolutions at 224 x 224, batch 1, against F.conv2d; and the whole network.
+Targets on the CPU, two cores: vgg, batch 1, 4 bits at least 4x fp32 and 1.8x bf16; batch 64 at least 1x fp32, although
+F.linear is spared the unpacking here; the network at least 0.95x. Ratios above 1 mean that the packed layer is faster.
+Some processors emulate bf16: then its ratio says nothing about packing.
 """
 
+import copy
 import dataclasses
 import sys
 from pathlib import Path
@@ -36,13 +37,15 @@ CONVOLUTIONS = [
     (256, 512, 1, 2, 14, 1),
     (512, 512, 3, 1, 7, 3),
 ]
+RESNET18_MACS = 1_814_073_344
 
 
 def build_parser():
     options = timing.parser(__doc__)
     options.add_argument("--bits", type=int, nargs="+", choices=range(2, 7), default=[4, 5])
     options.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64], help="of the linear layers")
-    options.add_argument("--layers", nargs="+", choices=[*LINEAR, "conv"], default=["vgg", "square", "conv"])
+    kinds = [*LINEAR, "conv", "network"]
+    options.add_argument("--layers", nargs="+", choices=kinds, default=["vgg", "square", "conv", "network"])
     options.add_argument("--no-bf16", action="store_true", help="leave F.linear in bf16 out")
     return options
 
@@ -85,7 +88,8 @@ def compare_linear(args, name, bits):
         assert wrong < 1e-5, f"bitshift_linear is wrong by {wrong:.1e}"
         title = f"{inputs} -> {outputs}, {bits} bits, batch {batch}"
         with torch.no_grad():
-            comparison = timing.Comparison(args, title, candidates, packed[0].nbytes + 4 * batch * (inputs + outputs))
+            moved = packed[0].nbytes + 4 * batch * (inputs + outputs)
+            comparison = timing.Comparison(args, title, candidates, moved, 2 * batch * inputs * outputs)
         for other in list(candidates)[1:]:
             comparison.ratio(f"{other} / bitshift_linear: time ratio", other, "bitshift_linear")
         yield comparison
@@ -96,6 +100,9 @@ def convolution_runs(x, packed, fp32, geometry):
     x_last = x.contiguous(memory_format=torch.channels_last)
     return {
         "bitshift_conv2d": lambda run: bitshift_conv2d(x, packed[run % len(packed)], None, *geometry),
+        "bitshift_conv2d channels-last": lambda run: bitshift_conv2d(
+            x_last, packed[run % len(packed)], None, *geometry
+        ),
         "F.conv2d": lambda run: F.conv2d(x, fp32[run % len(fp32)], None, *geometry),
         "F.conv2d channels-last": lambda run: F.conv2d(x_last, last[run % len(last)], None, *geometry),
     }
@@ -111,15 +118,71 @@ def compare_convolutions(args, bits):
         candidates = convolution_runs(x, packed, fp32, (stride, kernel // 2))
         title = f"conv {inputs} -> {outputs}, {kernel}x{kernel}, stride {stride}, {size}x{size}, {bits} bits"
         with torch.no_grad():
-            comparison = timing.Comparison(args, title, candidates, packed[0].nbytes + 4 * x.numel())
-        better = min(list(candidates)[1:], key=lambda name: comparison.quartiles(name)[1])
-        comparison.ratio("the better F.conv2d / bitshift_conv2d: time ratio", better, "bitshift_conv2d")
-        for name in candidates:
-            totals[name] = totals.get(name, 0) + count * comparison.quartiles(name)[1]
+            pixels = outputs * (-(-size // stride)) ** 2
+            operations = 2 * pixels * weight[0].numel()
+            comparison = timing.Comparison(
+                args, title, candidates, packed[0].nbytes + 4 * (x.numel() + pixels), operations
+            )
+        ours, theirs = (min((name for name in candidates if name.startswith(kind)),
+                            key=lambda name: comparison.quartiles(name)[1]) for kind in ("bit", "F."))  # fmt: skip
+        comparison.ratio("the better F.conv2d / the better bitshift_conv2d: time ratio", theirs, ours)
+        for kind, name in (("bitshift_conv2d", ours), ("F.conv2d", theirs)):
+            totals[kind] = totals.get(kind, 0) + count * comparison.quartiles(name)[1]
         yield comparison
-    ratio = min(value for name, value in totals.items() if name != "bitshift_conv2d") / totals["bitshift_conv2d"]
     print(f"\nall 20 convolutions of ResNet18, {bits} bits: { ({k: round(v * 1e3, 2) for k, v in totals.items()}) } ms")
-    print(f"  all convolutions, the better F.conv2d / bitshift_conv2d: time ratio {ratio:.2f}x")
+    ratio = totals["F.conv2d"] / totals["bitshift_conv2d"]
+    print(f"  all convolutions, F.conv2d / bitshift_conv2d, the better layout each: time ratio {ratio:.2f}x")
+
+
+class PackedConvolution(torch.nn.Module):
+    """A convolution without bias on packed weights."""
+
+    def __init__(self, conv, bits):
+        super().__init__()
+        weight = random_weights(conv.weight.shape, bits, conv.weight.device)
+        self.packed, self.geometry = pack_shift_weights(weight, bits, "PS"), (conv.stride, conv.padding)
+        conv.weight.data.copy_(weight)
+
+    def forward(self, x):
+        return bitshift_conv2d(x, self.packed, None, *self.geometry)
+
+
+def compare_networks(args, bits):
+    """ResNet18, one image of 224 x 224: the float network in both layouts, and with all convolutions packed."""
+    from torchvision.models import resnet18
+
+    model = resnet18().to(args.device).eval()
+    packed = copy.deepcopy(model)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            parent, _, leaf = name.rpartition(".")
+            setattr(packed.get_submodule(parent), leaf, PackedConvolution(module, bits))
+    x = torch.randn(1, 3, 224, 224, device=args.device)
+    last, x_last = copy.deepcopy(model).to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    candidates = {
+        "packed": lambda run: packed(x),
+        "packed channels-last": lambda run: packed(x_last),
+        "float": lambda run: model(x),
+        "float channels-last": lambda run: last(x_last),
+    }
+    with torch.inference_mode():
+        wrong = (packed(x_last) - model(x)).abs().max() / model(x).abs().max()
+        assert wrong < 1e-4, f"the packed network is wrong by {wrong:.1e}"
+        weights = sum(m.packed.nbytes for m in packed.modules() if isinstance(m, PackedConvolution))
+        title = f"ResNet18, {bits} bits, one image of 224x224"
+        comparison = timing.Comparison(args, title, candidates, weights + 4 * x.numel(), 2 * RESNET18_MACS)
+    ours, theirs = (min(pair, key=lambda name: comparison.quartiles(name)[1])
+                    for pair in (("packed", "packed channels-last"), ("float", "float channels-last")))  # fmt: skip
+    comparison.ratio("float / packed, the better layout each: time ratio", theirs, ours)
+    return [comparison]
+
+
+COMPARE = {
+    "vgg": lambda args, bits: compare_linear(args, "vgg", bits),
+    "square": lambda args, bits: compare_linear(args, "square", bits),
+    "conv": compare_convolutions,
+    "network": compare_networks,
+}
 
 
 def main(argv=None):
@@ -129,8 +192,7 @@ def main(argv=None):
     comparisons = []
     for bits in args.bits:
         for name in args.layers:
-            found = compare_convolutions(args, bits) if name == "conv" else compare_linear(args, name, bits)
-            comparisons += list(found)
+            comparisons += COMPARE[name](args, bits)
     if not args.no_csv:
         timing.write_csv("bench_bitshift", comparisons)
 

@@ -15,12 +15,15 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 RESULTS = Path(__file__).with_name("results")
 FALLBACK_CACHE_BYTES = 32 * 2**20
 LEAST_RUNS = 3
+COPY_ELEMENTS = 2**26  # 256 MiB
+MATMUL_SIDE = {"cpu": 1024, "cuda": 8192}
 
 
 def parser(doc):
@@ -100,25 +103,51 @@ def versions():
     return ", ".join(parts)
 
 
+class Rates(NamedTuple):
+    """What the machine does at most: bytes per second of copy_ (read and written), operations per second of matmul."""
+
+    bytes: float
+    operations: float
+
+
+def machine_rates(args):
+    """Rates of this device, in fp32, measured on first use and then kept in args: the floor of what is timed beside."""
+    if not hasattr(args, "rates"):
+        count, side = COPY_ELEMENTS, MATMUL_SIDE[args.device.type]
+        source, target = torch.randn(count, device=args.device), torch.empty(count, device=args.device)
+        matrix = torch.randn(side, side, device=args.device)
+        candidates = {"copy_": lambda run: target.copy_(source), "matmul": lambda run: matrix @ matrix}
+        times = (_time_on_gpu if args.device.type == "cuda" else _time_on_cpu)(candidates, args)
+        copy, product = (statistics.median(times[name]) for name in candidates)
+        args.rates = Rates(8 * count / copy, 2 * side**3 / product)
+        print(
+            f"copy_ {args.rates.bytes / 1e9:.1f} GB/s, matrix product {args.rates.operations / 1e9:.0f} GFLOP/s, fp32"
+        )
+    return args.rates
+
+
 class Comparison:
     """Times candidates against each other and prints a table row for each.
 
     candidates: name -> function of the repetition's number, which chooses among rotated buffers. moved_bytes: what one
-    run has to read and write at least; gives the GB/s. times: name -> seconds of each run.
+    run has to read and write at least; gives the GB/s. operations: additions and multiplications that it has to do.
+    Both over the machine's rates give the floor, in seconds. times: name -> seconds of each run.
     """
 
-    def __init__(self, args, title, candidates, moved_bytes):
-        self.title, self.moved_bytes, self.device = title, moved_bytes, args.device
-        self.ratios = []
+    def __init__(self, args, title, candidates, moved_bytes, operations=0):
+        self.title, self.moved_bytes, self.operations, self.device = title, moved_bytes, operations, args.device
+        self.ratios, self.rates = [], machine_rates(args)
+        self.floor = max(moved_bytes / self.rates.bytes, operations / self.rates.operations)
         timer = _time_on_gpu if args.device.type == "cuda" else _time_on_cpu
         self.times = timer(candidates, args)
-        print(f"\n{title}   ({moved_bytes / 2**20:.1f} MiB moved)")
-        print(f"  {'':34} {'median ms':>10} {'quartiles':>17} {'GB/s':>8} {'runs':>5}")
+        counted = f", {operations / 1e6:.1f} MFLOP" if operations else ""
+        print(f"\n{title}   ({moved_bytes / 2**20:.1f} MiB moved{counted}, floor {self.floor * 1e3:.3f} ms)")
+        print(f"  {'':34} {'median ms':>10} {'quartiles':>17} {'GB/s':>8} {'of floor':>8} {'runs':>5}")
         for name in candidates:
             low, middle, high = self.quartiles(name)
             rate = moved_bytes / middle / 1e9
             times = f"{middle * 1e3:10.3f} {low * 1e3:8.3f} {high * 1e3:8.3f}"
-            print(f"  {name:34} {times} {rate:8.1f} {len(self.times[name]):5}")
+            print(f"  {name:34} {times} {rate:8.1f} {self.floor / middle:8.0%} {len(self.times[name]):5}")
 
     def quartiles(self, name):
         """First quartile, median and third quartile of a candidate's times, in seconds."""
@@ -182,10 +211,15 @@ def _time_on_gpu(candidates, args):
 
 
 def write_csv(script, comparisons):
-    """Write benchmarks/results/<script>.csv: one row per candidate and one per ratio, with hardware and versions."""
+    """Write benchmarks/results/<script>.csv: one row per candidate and one per ratio, with hardware and versions.
+
+    Of a GPU <script>_cuda.csv, so that the CPU's stay.
+    """
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{script}.csv"
-    columns = ["comparison", "name", "median_ms", "q1_ms", "q3_ms", "gb_per_s", "ratio", "runs", "hardware", "versions"]
+    is_gpu = any(comparison.device.type == "cuda" for comparison in comparisons)
+    path = RESULTS / f"{script}{'_cuda' if is_gpu else ''}.csv"
+    columns = ["comparison", "name", "median_ms", "q1_ms", "q3_ms", "floor_ms", "bytes", "operations", "gb_per_s",
+               "ratio", "runs", "copy_gb_per_s", "matmul_gflop_per_s", "hardware", "versions"]  # fmt: skip
     rows = list(itertools.chain.from_iterable(map(_rows, comparisons)))
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
@@ -195,11 +229,22 @@ def write_csv(script, comparisons):
 
 
 def _rows(comparison):
-    common = {"comparison": comparison.title, "hardware": hardware(comparison.device), "versions": versions()}
+    common = {
+        "comparison": comparison.title,
+        "copy_gb_per_s": f"{comparison.rates.bytes / 1e9:.2f}",
+        "matmul_gflop_per_s": f"{comparison.rates.operations / 1e9:.1f}",
+        "hardware": hardware(comparison.device),
+        "versions": versions(),
+    }
+    work = {
+        "bytes": comparison.moved_bytes,
+        "operations": comparison.operations,
+        "floor_ms": f"{comparison.floor * 1e3:.4f}",
+    }
     for name, times in comparison.times.items():
         low, middle, high = comparison.quartiles(name)
         measured = {"median_ms": f"{middle * 1e3:.4f}", "q1_ms": f"{low * 1e3:.4f}", "q3_ms": f"{high * 1e3:.4f}"}
         rate = f"{comparison.moved_bytes / middle / 1e9:.2f}"
-        yield {**common, "name": name, **measured, "gb_per_s": rate, "runs": len(times)}
+        yield {**common, **work, "name": name, **measured, "gb_per_s": rate, "runs": len(times)}
     for text, value in comparison.ratios:
         yield {**common, "name": text, "ratio": f"{value:.3f}"}
