@@ -1,5 +1,7 @@
-"""Record finished runs and write the READMEs' result tables and curves from the records.
+"""A page about runs; records of finished runs, and the READMEs' result tables and curves from the records.
 
+    python report.py [DIR ...]            # report/index.html about the runs below DIR (default: runs/) and the records
+    python report.py --latency            # also times each network on this machine
     python report.py --record RUN_DIR     # RUN_DIR holds the metrics.jsonl of a finished run
     python report.py --readmes            # write tables and curves again from <paper>/results.csv and logs
 
@@ -10,24 +12,18 @@ Nobody types a result: it is read from the run's own log, which is copied to <pa
 import argparse
 import csv
 import json
+import os
 import re
 import shlex
 import statistics
 import sys
 from pathlib import Path
 
+from reporting import records
+from reporting.records import COLUMNS, OTHER_TABLES, PAPERS, ReportError
+
 ROOT = Path(__file__).resolve().parent
-PAPERS = ("shiftresnet", "deepshift", "s3", "shared_bases", "epsilon_resnet")
-COLUMNS = (
-    "script", "command", "reproduces", "dataset", "epochs", "epochs_in_paper", "seed", "top1", "best_top1",
-    "best_epoch", "top1_paper", "params", "macs", "seconds", "hardware", "versions", "commit", "log",
-)  # fmt: skip
 START, END = "<!-- results -->", "<!-- /results -->"
-OTHER_TABLES = ("superseded", "read by eye", "first README")  # of published.csv
-
-
-class ReportError(Exception):
-    """One line for the user."""
 
 
 def read_run(run_dir: Path) -> tuple[dict, list[dict], dict]:
@@ -35,12 +31,15 @@ def read_run(run_dir: Path) -> tuple[dict, list[dict], dict]:
     path = run_dir / "metrics.jsonl"
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
+        types = [line["type"] for line in lines]
     except FileNotFoundError:
         raise ReportError(f"{path} does not exist; give the directory of a training run") from None
-    except json.JSONDecodeError:
+    except (OSError, ValueError, KeyError, TypeError):
         raise ReportError(f"{path} is damaged; go on with the run (--resume) or repeat it") from None
-    if not lines or lines[0].get("type") != "run" or lines[-1].get("type") != "result":
+    if not types or types[0] != "run" or types[-1] != "result":
         raise ReportError(f"{path} has no result: the run is not finished; go on with --resume")
+    if lines[0].get("paper") not in PAPERS:
+        raise ReportError(f"{path} is of none of these papers: {', '.join(PAPERS)}")
     return lines[0], [line for line in lines if line["type"] == "epoch"], lines[-1]
 
 
@@ -48,16 +47,15 @@ def published_top1(paper: str, command: str | None) -> str:
     """Published top-1 accuracy in percent of the original's command, '' if there is none."""
     if command is None:
         return ""
-    with open(ROOT / paper / "published.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            same = row["command"].removeprefix("python3 ").removeprefix("python ") == command
-            if same and not any(word in row["table"] for word in OTHER_TABLES):
-                if row["metric"] in ("top1_acc_percent", "top1"):
-                    return row["value"]
-                if row["metric"] == "top1_error_percent":
-                    return f"{100 - float(row['value']):g}"
-                if row["metric"] in ("top1_error", "val_error"):  # fractions
-                    return f"{100 - 100 * float(row['value']):g}"
+    for row in records.read_published(ROOT / paper):
+        same = row["command"].removeprefix("python3 ").removeprefix("python ") == command
+        if same and not any(word in row["table"] for word in OTHER_TABLES):
+            if row["metric"] in ("top1_acc_percent", "top1"):
+                return row["value"]
+            if row["metric"] == "top1_error_percent":
+                return f"{100 - float(row['value']):g}"
+            if row["metric"] in ("top1_error", "val_error"):  # fractions
+                return f"{100 - 100 * float(row['value']):g}"
     return ""
 
 
@@ -76,44 +74,46 @@ def _is_outside(value) -> bool:
 def record(run_dir: Path) -> Path:
     """Add a finished run to its paper's results.csv and copy its log. Returns the log's path."""
     header, epochs, result = read_run(run_dir)
-    header, paper = without_paths(header), header["paper"]
-    arch = header["args"].get("arch", "")
-    name = run_dir.resolve().name
-    name = name if arch in name else f"{arch}-{name}"
-    name += f"-{header['args']['dataset']}-seed{header['seed']}-{result['epochs']}epochs"
-    log = ROOT / paper / "logs" / f"{name}.jsonl"
-    log.parent.mkdir(exist_ok=True)
+    try:
+        header, paper = without_paths(header), header["paper"]
+        name = records.run_name(header, run_dir.resolve().name)
+        name += f"-{header['args']['dataset']}-seed{header['seed']}-{result['epochs']}epochs"
+        log = ROOT / paper / "logs" / f"{name}.jsonl"
+        row = _row_of(header, result, str(log.relative_to(ROOT / paper)))
+    except KeyError as key:
+        raise ReportError(f"{run_dir / 'metrics.jsonl'} is damaged: it has no {key}; repeat the run") from None
     rows = read_results(paper)
-    log_name = str(log.relative_to(ROOT / paper))
-    if any(row["log"] == log_name for row in rows):
-        raise ReportError(f"{paper}/{log_name} is recorded already; remove its line and log first to record another")
+    if any(known["log"] == row["log"] for known in rows):
+        raise ReportError(f"{paper}/{row['log']} is recorded already; remove its line and log first to record another")
+    log.parent.mkdir(exist_ok=True)
     kept = {key: value for key, value in result.items() if key not in ("type", "checkpoint")}
     log.write_text("".join(json.dumps(line) + "\n" for line in (header, *epochs, {"type": "result", **kept})))
-    versions = " ".join(f"{package} {version}" for package, version in header["versions"].items())
-    row = {
+    path = ROOT / paper / "results.csv"
+    with open(path.with_name(path.name + ".part"), "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*rows, row])
+    os.replace(file.name, path)
+    return log
+
+
+def _row_of(header, result, log_name):
+    """The row of results.csv."""
+    return {
         **{key: result[key] for key in ("epochs", "epochs_in_paper", "top1", "best_top1", "best_epoch")},
         **{key: header[key] for key in ("command", "reproduces", "seed", "params", "macs", "hardware", "commit")},
         "script": shlex.split(header["command"])[1],
         "dataset": header["data"],
-        "top1_paper": published_top1(paper, header["reproduces"]),
+        "top1_paper": published_top1(header["paper"], header["reproduces"]),
         "seconds": round(result["seconds"]),
-        "versions": versions,
+        "versions": " ".join(f"{package} {version}" for package, version in header["versions"].items()),
         "log": log_name,
     }
-    with open(ROOT / paper / "results.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*rows, row])
-    return log
 
 
 def read_results(paper: str) -> list[dict]:
-    """Recorded runs of a paper, [] if there are none."""
-    path = ROOT / paper / "results.csv"
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    """Recorded runs of a paper, [] if there are none. Raises ReportError if its results.csv is damaged."""
+    return records.read_results(ROOT / paper)
 
 
 def without_seed(command: str) -> str:
@@ -177,7 +177,10 @@ def readme_with_table(paper: str) -> str:
 
 
 def read_epochs(paper: str, row: dict) -> list[dict]:
-    lines = [json.loads(line) for line in (ROOT / paper / row["log"]).read_text().splitlines()]
+    try:
+        lines = [json.loads(line) for line in (ROOT / paper / row["log"]).read_text().splitlines()]
+    except (OSError, ValueError):
+        raise ReportError(f"{paper}/{row['log']} is missing or damaged; restore it from the repository") from None
     return [line for line in lines if line["type"] == "epoch"]
 
 
@@ -239,7 +242,12 @@ def write_readmes():
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    action = parser.add_mutually_exclusive_group(required=True)
+    parser.add_argument("runs", nargs="*", type=Path, metavar="DIR", help="where runs are (default: runs)")
+    parser.add_argument(
+        "--output-dir", default="report", type=Path, metavar="DIR", help="of the page (default: %(default)s)"
+    )
+    parser.add_argument("--latency", action="store_true", help="measure each run's network: seconds for each")
+    action = parser.add_mutually_exclusive_group()
     action.add_argument(
         "--record", nargs="+", type=Path, metavar="RUN_DIR", help="record finished runs, then --readmes"
     )
@@ -247,9 +255,30 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv=None) -> int:
-    args = build_parser().parse_args(argv)
+def write_page(args) -> int:
+    """The page; exit status 1 if the repository's own records are damaged, which the page shows."""
+    from reporting.build import build
+
     try:
+        path, damages = build(ROOT, args.runs or [Path("runs")], args.output_dir, args.latency)
+    except OSError as error:
+        raise ReportError(f"cannot write {error.filename}: {error.strerror}; choose another --output-dir") from None
+    except ModuleNotFoundError as error:
+        raise ReportError(f"no module {error.name}: install the packages of requirements.txt") from None
+    print(f"report: {path}")
+    for line in damages:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if damages else 0
+
+
+def main(argv=None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if (args.record or args.readmes) and (args.runs or args.latency):
+        parser.error("--record and --readmes write no page: give them without DIR and --latency")
+    try:
+        if not (args.record or args.readmes):
+            return write_page(args)
         for run_dir in args.record or ():
             print(f"recorded {record(run_dir).relative_to(ROOT)}")
         write_readmes()

@@ -88,32 +88,44 @@ def _load(training, run) -> bool:
     return training.first_epoch > before
 
 
-def _evaluate(training: Training, loader) -> int:
-    """Test, with --use-kernel on packed weights, compared with the float path."""
-    args, say, compare = training.args, training.say, None
-    if args.use_kernel:
-        packed = pack_layers(training.net)
+class KernelCheck:
+    """Lets a network compute on packed weights, and compares every batch with the float path.
+
+    Raises RunError if no weights can be packed.
+    """
+
+    def __init__(self, net):
+        self.net, packed = net, pack_layers(net)
         if not packed:
             raise RunError("--use-kernel: the network has no weights of 2 to 4 bits; give a converted checkpoint")
-        size, bits = sum(weights.nbytes for weights in packed.values()), sorted({w.bits for w in packed.values()})
-        say(f"packed kernels: {len(packed)} layers, {' and '.join(map(str, bits))} bits, {size:,} bytes of weights")
-        plain, found = use_kernels(training.net, packed), {"error": 0.0, "largest": 0.0, "changed": 0}
+        self.size, self.bits = sum(w.nbytes for w in packed.values()), sorted({w.bits for w in packed.values()})
+        self.plain = use_kernels(net, packed)
+        self.kernels = {name: net.get_submodule(name) for name in packed}
+        self.error, self.largest, self.changed = 0.0, 0.0, 0
 
-        def compare(images, logits):
-            kernels = {name: training.net.get_submodule(name) for name in plain}
-            put_back(training.net, plain)
-            expected = engine.logits_of(training.net.eval()(images))
-            put_back(training.net, kernels)
-            found["error"] = max(found["error"], (logits - expected).abs().max().item())
-            found["largest"] = max(found["largest"], expected.abs().max().item())
-            found["changed"] += int((logits.argmax(1) != expected.argmax(1)).sum())
+    def compare(self, images, logits):
+        put_back(self.net, self.plain)
+        expected = engine.logits_of(self.net.eval()(images))
+        put_back(self.net, self.kernels)
+        self.error = max(self.error, (logits - expected).abs().max().item())
+        self.largest = max(self.largest, expected.abs().max().item())
+        self.changed += int((logits.argmax(1) != expected.argmax(1)).sum())
 
+
+def _evaluate(training: Training, loader) -> int:
+    """Test, with --use-kernel on packed weights, compared with the float path."""
+    args, say, check = training.args, training.say, None
+    if args.use_kernel:
+        check = KernelCheck(training.net)
+        say(f"packed kernels: {len(check.kernels)} layers, {' and '.join(map(str, check.bits))} bits, "
+            f"{check.size:,} bytes of weights")  # fmt: skip
     lines = engine.BatchLines("Test: ", len(loader), args.print_freq, training.world.is_main)
+    compare = None if check is None else check.compare
     result = engine.evaluate(training.net, loader, lines, world=training.world, compare=compare)
     say(engine.summary_line(result.top1, result.top5))
-    if compare is not None:
-        say(f"packed kernels: off by at most {found['error']:.3g} on logits up to {found['largest']:.3g}; "
-            f"{found['changed']} predictions differ from the float path")  # fmt: skip
+    if check is not None:
+        say(f"packed kernels: off by at most {check.error:.3g} on logits up to {check.largest:.3g}; "
+            f"{check.changed} predictions differ from the float path")  # fmt: skip
     _tell_damaged(training, loader)
     return 0
 

@@ -55,7 +55,7 @@ class PlainTask(Task):
         known = models.get_model_weights(args.arch)
         try:
             return models.get_model(args.arch, weights=getattr(known, "IMAGENET1K_V1", known.DEFAULT))
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # no network; a file with another checksum
             raise RunError(f"--pretrained: cannot download {args.arch} ({error}); give a file with --resume") from None
 
     def config(self, args, classes) -> Config | None:

@@ -98,7 +98,7 @@ class Training:
         self.task.check(self.args, loaded, self.classes)
         state = loaded.content if isinstance(loaded.content, dict) else {}
         if isinstance(state.get("args"), dict):
-            changes = changed_flags(self.args, {**state["args"], "seed": state["seed"]})
+            changes = changed_flags(self.args, {**state["args"], "seed": state.get("seed")})
             if changes and exact:
                 raise RunError(
                     f"{path} was trained with {', '.join(changes)}; use the same flags or another --output-dir"
@@ -114,7 +114,7 @@ class Training:
     def _restore(self, path, state):
         """The epoch's number decides the rate, so the schedule goes on; the original began it anew."""
         self.first_epoch = int(state.get("epoch", self.first_epoch))
-        self.best = {"top1": float(state.get("best_acc1", 0.0)), "epoch": state.get("best_epoch")}
+        self.best = {"top1": float(state.get("best_acc1") or 0.0), "epoch": state.get("best_epoch")}
         if "optimizer" in state:
             try:
                 self.optimizer.load_state_dict(state["optimizer"])
@@ -165,35 +165,9 @@ class Training:
 
 def train(training: Training, run: Run, loaders) -> dict:
     """All remaining epochs. Returns the result: accuracy of the last epoch, and the best, chosen on the test set."""
-    args, world, say = training.args, training.world, training.say
-    model, watch = training.wrapped(), WeightWatch(training.net)
+    args, model, watch = training.args, training.wrapped(), WeightWatch(training.net)
     for epoch in range(training.first_epoch, args.epochs):
-        start, rate, before = time.monotonic(), training.set_rate(epoch), watch.look()
-        loaders.train.set_epoch(epoch)
-        lines = engine.BatchLines(f"Epoch: [{epoch}]", len(loaders.train), args.print_freq, world.is_main)
-        trained = engine.train_one_epoch(
-            model, loaders.train, training.optimizer, lines, training.options, epoch=epoch, world=world
-        )
-        lines = engine.BatchLines("Test: ", len(loaders.test), args.print_freq, world.is_main)
-        tested = engine.evaluate(training.net, loaders.test, lines, world=world)
-        say(engine.summary_line(tested.top1, tested.top5), flush=True)
-        if math.isnan(tested.loss):
-            raise RunError(f"the test loss is NaN after epoch {epoch}; try a smaller --lr")
-        seconds = time.monotonic() - start
-        record = {
-            "epoch": epoch,
-            "lr": rate,
-            "train_loss": trained.loss,
-            "train_top1": trained.top1,
-            "train_top5": trained.top5,
-            "test_loss": tested.loss,
-            "test_top1": tested.top1,
-            "test_top5": tested.top5,
-            **watch.compare(before),
-            "seconds": seconds,
-            "images_per_second": trained.seen / trained.seconds,
-        }
-        finish_epoch(training, run, record)
+        finish_epoch(training, run, run_epoch(training, model, loaders, watch, epoch))
     if training.last is None:
         raise RunError(f"--start-epoch or --resume begin at epoch {training.first_epoch} of {args.epochs}; "
                        "give more --epochs")  # fmt: skip
@@ -205,6 +179,35 @@ def train(training: Training, run: Run, loaders) -> dict:
         "epochs_in_paper": training.task.epochs_in_paper,
         "seconds": training.seconds,
         "checkpoint": str(run.checkpoint_path),
+    }
+
+
+def run_epoch(training: Training, model, loaders, watch: WeightWatch, epoch: int) -> dict:
+    """Train and test once; returns the epoch's line of metrics.jsonl. Raises RunError for a loss that is not finite."""
+    world, every = training.world, training.args.print_freq
+    start, rate, before = time.monotonic(), training.set_rate(epoch), watch.look()
+    loaders.train.set_epoch(epoch)
+    lines = engine.BatchLines(f"Epoch: [{epoch}]", len(loaders.train), every, world.is_main)
+    trained = engine.train_one_epoch(
+        model, loaders.train, training.optimizer, lines, training.options, epoch=epoch, world=world
+    )
+    lines = engine.BatchLines("Test: ", len(loaders.test), every, world.is_main)
+    tested = engine.evaluate(training.net, loaders.test, lines, world=world)
+    training.say(engine.summary_line(tested.top1, tested.top5), flush=True)
+    if math.isnan(tested.loss):
+        raise RunError(f"the test loss is NaN after epoch {epoch}; try a smaller --lr")
+    return {
+        "epoch": epoch,
+        "lr": rate,
+        "train_loss": trained.loss,
+        "train_top1": trained.top1,
+        "train_top5": trained.top5,
+        "test_loss": tested.loss,
+        "test_top1": tested.top1,
+        "test_top5": tested.top5,
+        **watch.compare(before),
+        "seconds": time.monotonic() - start,
+        "images_per_second": trained.seen / trained.seconds,
     }
 
 

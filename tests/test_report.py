@@ -110,3 +110,34 @@ def test_an_unfinished_or_missing_run_is_refused(repository, capsys):
     assert "the run is not finished; go on with --resume" in capsys.readouterr().err
     assert report.main(["--record", str(repository / "nothing")]) == 1
     assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda text: text.replace('"type": "epoch"', '"typ": "epoch"', 1), "is damaged"),
+        (lambda text: "7\n" + text, "is damaged"),
+        (lambda text: text.replace('"shiftresnet"', '"another"', 1), "is of none of these papers"),
+        (lambda text: text.replace('"hardware"', '"software"', 1), "is damaged: it has no 'hardware'"),
+    ],
+)
+def test_a_damaged_run_is_one_line_and_changes_nothing(repository, capsys, change, message):
+    metrics = write_run(repository / "shiftresnet20_3.0") / "metrics.jsonl"
+    metrics.write_text(change(metrics.read_text()))
+    before = sorted((repository / "shiftresnet").rglob("*"))
+    assert report.main(["--record", str(metrics.parent)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith(f"error: {metrics} {message}")
+    assert sorted((repository / "shiftresnet").rglob("*")) == before
+
+
+def test_a_missing_log_is_one_line(repository, capsys):
+    run = write_run(repository / "shiftresnet20_3.0")
+    assert report.main(["--record", str(run)]) == 0
+    (log,) = (repository / "shiftresnet" / "logs").iterdir()
+    log.unlink()
+    capsys.readouterr()
+    assert report.main(["--readmes"]) == 1
+    assert capsys.readouterr().err == (
+        f"error: shiftresnet/logs/{log.name} is missing or damaged; restore it from the repository\n"
+    )

@@ -304,6 +304,8 @@ def test_evaluation_does_not_need_train_and_wants_the_checkpoints_classes(photog
     assert engine.run_script(main.main, [*flags, f"--resume={tmp_path / '9.tar'}"]) == 1
     assert "is for 9 classes, the data has 2" in capsys.readouterr().err
     assert engine.run_script(main.main, [*flags, f"--resume={tmp_path / '9.tar'}", "--num-classes=9"]) == 0
+    assert engine.run_script(main_eval.main, [str(folder), *FOLDER[1:], "-e", "--pretrained"]) == 1
+    assert "--pretrained has 1000 classes, the data has 2" in capsys.readouterr().err
     assert engine.run_script(main.main, flags[:-2]) == 1, "training needs train/"
     assert "train: No such file or directory" in capsys.readouterr().err
 
