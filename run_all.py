@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent
 REPORT = Path("report")
 LAST_LINES = 12
 SECONDS_BETWEEN_LINES = 60  # of a run's progress, where there is no terminal
+SECONDS_BETWEEN_SHOWS = 0.5  # on a terminal
 SECONDS_TO_STOP = 10
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -96,14 +97,18 @@ class Run:
         return text + f"  last lines of {self.job.log}:\n" + "\n".join(f"  | {line}" for line in lines)
 
 
+def count_gpus() -> int:
+    """As PyTorch sees them; asked in a process of its own, since this one would keep PyTorch in memory for hours."""
+    ask = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    return int(subprocess.run(ask, check=True, capture_output=True, text=True).stdout)
+
+
 def visible_gpus(device: str) -> list[str]:
     """What CUDA_VISIBLE_DEVICES calls the GPUs that runs may be spread over; [] where `device` leaves no choice."""
     if device not in ("auto", "cuda"):
         return []
-    import torch
-
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    count = torch.cuda.device_count()
+    count = count_gpus()
     return named[:count] or [str(number) for number in range(count)]
 
 
@@ -125,7 +130,8 @@ class Runner:
 
     def __init__(self, jobs: list[Job], environments: list[dict], lock: int):
         self.jobs, self.environments, self.lock = jobs, environments, lock
-        self.screen, self.runs, self.signal = Screen(), {}, None  # runs: by place
+        self.screen, self.last_show = Screen(), 0.0
+        self.runs, self.signal = {}, None  # runs: by place among the environments
         self.waiting, self.succeeded, self.failed = list(jobs), set(), []
 
     def run(self) -> int | None:
@@ -180,10 +186,13 @@ class Runner:
             self.screen.say(run.outcome())
 
     def _show(self):
-        self.screen.show([run.progress() for run in self.runs.values()])
+        now = time.monotonic()
+        if self.screen.live and now - self.last_show > SECONDS_BETWEEN_SHOWS:
+            self.last_show = now
+            self.screen.show([run.progress() for run in self.runs.values()])
         for run in () if self.screen.live else self.runs.values():
-            if time.monotonic() - run.last_line > SECONDS_BETWEEN_LINES:
-                run.last_line = time.monotonic()
+            if now - run.last_line > SECONDS_BETWEEN_LINES:
+                run.last_line = now
                 print(run.progress(), flush=True)
 
     def _stop(self):

@@ -165,13 +165,19 @@ def summary(counts: dict, rows: list[dict]) -> list[str]:
 
 
 def print_rows(rows: list[dict]):
-    table = [[f"{c:,}" if isinstance(c, int) else "" if c is None else f"{c:.4f}" if isinstance(c, float) else c
-              for c in row.values()] for row in rows]  # fmt: skip
-    table.insert(0, list(rows[0]))
+    """The rows of layer_table as a table."""
+    table = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    left = {"layer", "values"}
     for row in table:
-        cells = (cell.ljust(w) if i in (0, 8) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))  # noqa: B905
-        print("  ".join(cells).rstrip())
+        cells = zip(rows[0], row, widths, strict=True)
+        print("  ".join(f"{cell:{'<' if name in left else '>'}{width}}" for name, cell, width in cells).rstrip())
+
+
+def _cell(value) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else value
 
 
 def main(argv=None) -> int:

@@ -16,13 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from s3.runs import read_metrics
 
+# title, unit, scale of the axis, and per curve: key, factor, style, name
 PANELS = (
-    ("Test accuracy", "top-1 (%)", (("test_top1", 1, "-"),)),
-    ("Training and test loss", "cross entropy (nats)", (("train_loss", 1, "-"), ("test_loss", 1, "--"))),
-    ("Zero weights", "share (%)", (("zeros", 100, "-"),)),
-    ("Changes during an epoch", "share of weights (%)", (("sign_changes", 100, "-"), ("weight_changes", 100, ":"))),
-)
-STYLES = {"-": "training, or signs", "--": "test", ":": "discrete weights"}
+    ("Test accuracy", "top-1 (%)", "linear", (("test_top1", 1, "-", "test"),)),
+    ("Loss", "cross entropy (nats)", "log", (("train_loss", 1, "-", "training"), ("test_loss", 1, "--", "test"))),
+    ("Zero weights", "share of weights (%)", "linear", (("zeros", 100, "-", "zeros"),)),
+    ("Changes during an epoch", "share of weights (%)", "linear",
+     (("sign_changes", 100, "-", "signs"), ("weight_changes", 100, ":", "discrete weights"))),
+)  # fmt: skip
 
 
 def read_run(path: Path) -> tuple[dict, list[dict]]:
@@ -66,18 +67,18 @@ def plot(groups: dict, output: Path):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3.6), layout="constrained")
-    for ax, (title, unit, series) in zip(axes, PANELS, strict=True):
+    for ax, (title, unit, scale, series) in zip(axes, PANELS, strict=True):
         for index, runs in enumerate(groups.values()):
-            for key, factor, style in series:
+            for key, factor, style, _ in series:
                 if values := curve(runs, key):
                     numbers = [line["epoch"] + 1 for line in runs[0][: len(values)]]
                     ax.plot(numbers, [factor * value for value in values], style, color=f"C{index}", marker=".")
-        ax.set(title=title, xlabel="epoch", ylabel=unit)
+        ax.set(title=title, xlabel="epoch", ylabel=unit, yscale=scale)
         ax.grid(alpha=0.3)
         ax.xaxis.get_major_locator().set_params(integer=True)
         if len(series) > 1:
-            for style in (style for _, _, style in series):
-                ax.plot([], [], style, color="grey", label=STYLES[style])
+            for _, _, style, name in series:
+                ax.plot([], [], style, color="grey", label=name)
             ax.legend(fontsize=7, frameon=False)
     names = [f"{name} ({len(runs)} seeds)" if len(runs) > 1 else name for name, runs in groups.items()]
     handles = [plt.Line2D([], [], color=f"C{index}", marker=".") for index in range(len(names))]

@@ -199,6 +199,12 @@ def test_each_run_gets_its_gpu_and_its_share_of_threads(monkeypatch):
     assert run_all.environments(2, "cpu")[1]["OMP_NUM_THREADS"] == "7"
 
 
+def test_gpus_are_counted_as_pytorch_does():
+    import torch
+
+    assert run_all.count_gpus() == torch.cuda.device_count()
+
+
 @pytest.mark.parametrize(
     "device, environment, count, expected",
     [
@@ -211,9 +217,7 @@ def test_each_run_gets_its_gpu_and_its_share_of_threads(monkeypatch):
     ],
 )
 def test_visible_gpus(device, environment, count, expected, monkeypatch):
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(run_all, "count_gpus", lambda: count)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if environment is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", environment)
