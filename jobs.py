@@ -146,6 +146,32 @@ def deepshift_jobs(setting: Setting) -> list[Job]:
     return jobs
 
 
+def s3_jobs(setting: Setting) -> list[Job]:
+    """S3 (3 bits) against its float twin, ResNet20 on CIFAR-10 or ResNet8 on the digits; converted, packed, counted."""
+    folder = setting.folder
+    epochs = setting.epochs(digits=6, short=2, full=200)
+    network, size = ["--dataset=cifar10", "--arch=resnet20"], "--batch-size=128"
+    if setting.kind == DIGITS:
+        network, size = ["--dataset=digits", "--arch=resnet8"], "--batch-size=16"
+    jobs = []
+    for method in ("s3", "float"):
+        train = ["s3/main.py", *network, f"--method={method}", *setting.data, size, f"--epochs={epochs}",
+                 "--channels-last", "--seed=1", "--print-freq=1000", f"--output-dir={folder / method}",
+                 "--auto-resume"]  # fmt: skip
+        jobs.append(setting.train(method, *train, epochs=epochs, metrics=folder / method / "metrics.jsonl"))
+    best, plain, packed = (str(folder / name) for name in ("s3/model_best.pth.tar", "plain.pth.tar", "s3.packed"))
+    jobs.append(setting.job("convert and pack", "s3/convert.py", best, plain, "--packed", packed, after=("train s3",)))
+    after = ("convert and pack",)
+    evaluate = ["s3/main_eval.py", "--evaluate", *network, *setting.data]
+    jobs.append(setting.job("evaluate plain weights", *evaluate, f"--resume={plain}", after=after))
+    jobs.append(setting.job("evaluate on packed kernels", *evaluate, f"--resume={packed}", "--use-kernel", after=after))
+    jobs.append(setting.job("count with zeros", "s3/count.py", f"--checkpoint={packed}", "--layers", after=after))
+    runs = [str(folder / method) for method in ("s3", "float")]
+    plot = ["s3/plot.py", *runs, f"--output={folder / 'curves.png'}"]
+    jobs.append(setting.job("plot", *plot, after=("train s3", "train float")))
+    return jobs
+
+
 def shared_bases_jobs(setting: Setting) -> list[Job]:
     """ResNet32 with shared filter bases (s = 8, u = 1) against ResNet32 on CIFAR-10, or on the digits."""
     folder = setting.folder
@@ -208,6 +234,7 @@ class Paper:
 PAPERS = {
     "shiftresnet": Paper(shiftresnet_jobs, "cifar-10-batches-py"),
     "deepshift": Paper(deepshift_jobs, "MNIST"),
+    "s3": Paper(s3_jobs, "cifar-10-batches-py"),
     "shared_bases": Paper(shared_bases_jobs, "cifar-10-batches-py"),
     "epsilon_resnet": Paper(epsilon_resnet_jobs, "cifar-10-batches-py"),
 }

@@ -48,14 +48,15 @@ def blank(match) -> str:
 
 
 def texts_of(readme: Path) -> list[tuple[int, str, bool]]:
-    """(line, text, is_block) of every command of a README: lines of shell blocks, and such code within lines."""
+    """(line, text, is_block) of every command of a README: those of shell blocks, and code within lines."""
     content = RESULTS.sub(blank, (ROOT / readme).read_text())
     found = []
     for fence in FENCE.finditer(content):
         line = content[: fence.start()].count("\n") + 2
         for text in re.sub(r"\\\n", "\\\\\0", fence[2]).split("\n") if fence[1] in SHELLS else ():
-            joined = text.replace("\\\0", "").removeprefix("$ ")
-            found.extend((line, one, True) for one in split_scripts(joined))
+            words = shlex.split(text.replace("\\\0", "").removeprefix("$ "), comments=True)
+            if words:
+                found.append((line, shlex.join(words), True))
             line += 1 + text.count("\0")
     plain = FENCE.sub(blank, content)
     for code in re.finditer(r"`([^`]+)`", plain):
@@ -65,14 +66,6 @@ def texts_of(readme: Path) -> list[tuple[int, str, bool]]:
         if is_script or (program.split("/")[-1] in PROGRAMS and len(words) > 1):
             found.append((plain[: code.start()].count("\n") + 1, " ".join(words), False))
     return sorted(found, key=lambda entry: entry[0])
-
-
-def split_scripts(text: str) -> list[str]:
-    """A line's commands: none in an empty one or a comment, several where it only lists scripts."""
-    words = shlex.split(text, comments=True)
-    if len(words) > 1 and all(re.fullmatch(r"\./\w+\.sh", word) for word in words):
-        return words
-    return [shlex.join(words)] if words else []
 
 
 def commands_of(readme: Path) -> list[Command]:

@@ -150,7 +150,7 @@ See `count.py` and `python count.py -n 18`.
 # a comment
 $ A=1 python main.py \\
   --x # why
-./a.sh   ./b.sh
+./a.sh
 ```
 
 ```
@@ -165,7 +165,7 @@ python not_a_command.py
 def test_what_is_found_in_a_readme(tmp_path):
     (tmp_path / "README.md").write_text(SAMPLE)
     expected = [(1, "python count.py -n 18", False), (5, "A=1 python main.py --x", True)]
-    assert texts_of(tmp_path / "README.md") == [*expected, (7, "./a.sh", True), (7, "./b.sh", True)]
+    assert texts_of(tmp_path / "README.md") == [*expected, (7, "./a.sh", True)]
 
 
 def test_commands_that_do_not_exist_are_refused():
