@@ -116,6 +116,12 @@ def read_results(paper: str) -> list[dict]:
     return records.read_results(ROOT / paper)
 
 
+def shortened(command: str) -> str:
+    """The command without the flags that decide no result: where files are, and what is printed."""
+    name = r"--(?:output-dir|data-dir|log-interval|print-freq|print_freq|print-weights)"
+    return re.sub(rf" (?:--auto-resume|{name}(?:=\S+| [^-\s]\S*))(?= |$)", "", command)
+
+
 def without_seed(command: str) -> str:
     return re.sub(r" --seed[= ]\d+", "", command)
 
@@ -145,7 +151,7 @@ def table_row(rows: list[dict]) -> str:
     best = mean_and_deviation(rows, "best_top1") + (f" ({row['best_epoch']})" if len(rows) == 1 else "")
     logs = " ".join(f"[{'log' if len(rows) == 1 else one['seed']}]({one['log']})" for one in rows)
     command = row["command"] if len(rows) == 1 else without_seed(row["command"])
-    cells = (f"`{command}`", row["dataset"], f"{row['top1_paper']}%" if row["top1_paper"] else "none",
+    cells = (f"`{shortened(command)}`", row["dataset"], f"{row['top1_paper']}%" if row["top1_paper"] else "none",
              mean_and_deviation(rows, "top1"), best, epochs, f"{minutes:.0f} min, {row['hardware']}", logs)  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 

@@ -141,3 +141,11 @@ def test_a_missing_log_is_one_line(repository, capsys):
     assert capsys.readouterr().err == (
         f"error: shiftresnet/logs/{log.name} is missing or damaged; restore it from the repository\n"
     )
+
+
+def test_commands_are_shown_without_what_decides_no_result():
+    command = "python a/b.py --type conv --output-dir=DIR --auto-resume --data-dir DIR --seed=1 --print-weights False"
+    assert report.shortened(command) == "python a/b.py --type conv --seed=1"
+    assert report.shortened("python a/b.py --data-dir --lr 1 --no-auto-resume") == (
+        "python a/b.py --data-dir --lr 1 --no-auto-resume"
+    )
