@@ -3,10 +3,11 @@
     python benchmarks/run.py                  # on the CPU, about 15 minutes on two quiet cores
     python benchmarks/run.py --device cuda    # on a GPU
     python benchmarks/run.py --only bench_bitshift
-    python benchmarks/run.py --plot           # plot again from benchmarks/results/, measure nothing
+    python benchmarks/run.py --plot           # plot and table again from benchmarks/results/, measure nothing
 
 Tables go to the screen, numbers to benchmarks/results/*.csv (of a GPU: *_cuda.csv), the plot to
-benchmarks/results/kernels.png and .svg. A benchmark that fails does not stop the others; the exit status is then 1.
+benchmarks/results/kernels.png and .svg, ratios to the table of common/kernels/README.md. A benchmark that fails does
+not stop the others; the exit status is then 1.
 """
 
 import argparse
@@ -18,9 +19,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+README = HERE.parent / "common" / "kernels" / "README.md"
 KERNELS = ("bench_shift", "bench_bitshift")  # those with floors
 ON_ANY_DEVICE = (*KERNELS, "bench_deepshift_training", "bench_s3_training")
 CPU_ONLY = ("bench_loader",)
+ALL = (*ON_ANY_DEVICE, *CPU_ONLY)
 OURS = re.compile(r"shift2d|bitshift|packed")  # rows of our kernels, not of what they are compared with
 
 
@@ -35,6 +38,29 @@ def read_bars(path: Path) -> list[tuple[str, float]]:
     with open(path, newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row.get("floor_ms") and OURS.match(row["name"])]
     return [(f"{row['comparison']}: {row['name']}", float(row["floor_ms"]) / float(row["median_ms"])) for row in rows]
+
+
+def ratio_table(paths: list[Path]) -> str:
+    """The ratios in the files, the processor or GPU and the versions, as Markdown."""
+    lines, conditions = ["| what | ratio of times | |", "|---|---|---|"], {}
+    for path in paths:
+        if not path.exists():
+            continue
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                conditions[f"{row['hardware']}; {row['versions']}"] = None
+                if row["ratio"]:
+                    text = row["name"].removesuffix(": time ratio")
+                    lines.append(f"| {row['comparison']} | {text} | {float(row['ratio']):.2f}x |")
+    return "\n".join([*lines, "", "Measured on: " + " and ".join(conditions) + "."])
+
+
+def write_table(paths: list[Path], readme: Path, name: str):
+    """Put the ratios between the README's markers `<!-- name -->` and `<!-- /name -->`."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, rest = readme.read_text(encoding="utf-8").split(start, 1)
+    text = f"{before}{start}\n{ratio_table(paths)}\n{end}{rest.split(end, 1)[1]}"
+    readme.write_text(text, encoding="utf-8")
 
 
 def plot(paths: list[Path], target: Path) -> bool:
@@ -62,23 +88,27 @@ def plot(paths: list[Path], target: Path) -> bool:
     return True
 
 
-def main(argv=None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = (*ON_ANY_DEVICE, *CPU_ONLY)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=known, default=None, help="these benchmarks (default: all)")
+    parser.add_argument("--only", nargs="+", choices=ALL, default=None, help="these benchmarks (default: all)")
     parser.add_argument("--plot", action="store_true", help="plot again, measure nothing")
-    args = parser.parse_args(argv)
-    names = args.only or (ON_ANY_DEVICE if args.device.startswith("cuda") else known)
+    return parser
+
+
+def main(argv=None) -> int:
+    args = build_parser().parse_args(argv)
+    names = args.only or (ON_ANY_DEVICE if args.device.startswith("cuda") else ALL)
     failed = []
     for command in () if args.plot else commands(list(names), args.device):
         print(f"\n$ python benchmarks/{Path(command[1]).name} {' '.join(command[2:])}", flush=True)
         if subprocess.run(command, cwd=HERE.parent).returncode:
             failed.append(Path(command[1]).name)
     suffix = "_cuda" if args.device.startswith("cuda") else ""
-    target = RESULTS / f"kernels{suffix}"
-    if plot([RESULTS / f"{name}{suffix}.csv" for name in KERNELS], target):
-        print(f"\n{target}.png, .svg")
+    target, paths = RESULTS / f"kernels{suffix}", [RESULTS / f"{name}{suffix}.csv" for name in KERNELS]
+    if plot(paths, target):
+        write_table(paths, README, f"ratios{suffix}")
+        print(f"\n{target}.png, .svg; {README}")
     if failed:
         print(f"error: failed: {', '.join(failed)}; their output is above", file=sys.stderr)
     return 1 if failed else 0

@@ -71,6 +71,7 @@ BUDGETS = {
     "examples/shift_instead_of_3x3.py": "--arch=squeezenet1_1 --steps=1",
     "benchmarks/bench_shift.py": "--no-csv --repeats=1 --max-seconds=1 --shape 1 9 8 8",
     "benchmarks/bench_bitshift.py": "--no-csv --repeats=1 --max-seconds=1 --layers square --bits 4 --batches 1",
+    "benchmarks/bench_deepshift_training.py": "--arch=lenet --batch-size=2 --repeats=1",
     "benchmarks/bench_loader.py": "--rounds=1 --output=loader.csv",
     "benchmarks/bench_shared_bases.py": "--batch-size=2 --repeats=1",
     "benchmarks/bench_epsilon_resnet.py": "--no-csv -n=2 --batch-size=2 --repeats=1",
@@ -219,6 +220,8 @@ def test_python_blocks_run(code, tmp_path, monkeypatch, capsys):
     if "bitshift_conv2d" in code:
         assert printed.startswith("2880 instead of 18432 bytes; tensor(") and len(code.splitlines()) <= 11
         assert torch.allclose(names["z"], torch.conv2d(names["y"], names["weight"], padding=1), atol=1e-4)
+    elif "bitshift_linear" in code:
+        assert printed == "2097152 instead of 16384000 bytes\n" and names["y"].shape == (1, 1000)
     elif "read_foreign" in code:
         assert set(names["state"]) == {"weight", "bias"}
     else:
@@ -272,12 +275,12 @@ def image_folder(tmp_path_factory):
 
 def prepare(command: Command, folder: Path, monkeypatch):
     """What a reader who comes to this command has: a pre-trained network, a file of the original, an earlier run."""
-    if "resnet20.th" in command.arguments:
+    if networks := [word for word in command.arguments if word.startswith("resnet20") and word.endswith(".th")]:
         import torch
 
         from deepshift.zoo import build_model
 
-        torch.save(build_model("cifar10", "resnet20").state_dict(), folder / "resnet20.th")
+        torch.save(build_model("cifar10", "resnet20").state_dict(), folder / networks[0])
     elif "model_best.pth.tar" in command.arguments:
         if not (folder / "model_best.pth.tar").exists():  # no accuracy of a run is better than 0%
             shutil.copy(folder / "checkpoint.pth.tar", folder / "model_best.pth.tar")
