@@ -78,7 +78,7 @@ def plot(paths: list[Path], target: Path) -> bool:
     figure, axes = plt.subplots(figsize=(10, 1 + 0.2 * len(bars)), layout="constrained")
     axes.barh(names, [100 * share for share in shares], color="#4477aa", height=0.7)
     axes.axvline(100, color="black", linewidth=1)
-    axes.set(xlabel="speed in percent of the floor's: every byte moved once by copy_, or the matrix product's rate")
+    axes.set(xlabel="percent of the speed of the floor")
     axes.tick_params(axis="y", labelsize=7)
     axes.margins(y=0.01)
     axes.grid(axis="x", alpha=0.3)
