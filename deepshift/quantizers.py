@@ -1,7 +1,8 @@
 """Rounding to fixed point and to powers of two, with the straight-through gradients of DeepShift (arXiv 1905.13298).
 
-Pure functions on tensors; only the two named `..._` write into an argument. Fixed-point rounding, which runs over every
-activation, is one pass: compiled by numba on the CPU, by NVRTC on a GPU, plain PyTorch where neither is there.
+Pure functions on tensors; only the two named `..._`, and the clamping of trained weights, write into an argument.
+Fixed-point rounding, which runs over every activation, is one pass on the CPU, compiled by numba, or plain PyTorch
+without it. On a GPU that, and the rounding of weights, are one kernel each, compiled by PyTorch's jiterator.
 """
 
 import functools
@@ -45,8 +46,8 @@ def round_to_fixed(x: Tensor, integer_bits: int, fraction_bits: int) -> Tensor:
     if integer_bits == 1:
         return torch.sign(x) - 1
     scale, low, high = 2.0**fraction_bits, -(2.0 ** (integer_bits - 1)), 2.0 ** (integer_bits - 1) - 1
-    if x.is_cuda and x.dtype == torch.float32 and (kernel := _cuda_round()) is not None:
-        return kernel(x, scale=scale, inverse=1 / scale, low=low, high=high)
+    if (found := _on_cuda("round_to_fixed", x, scale=scale, inverse=1 / scale, low=low, high=high)) is not None:
+        return found
     if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling():
         if (kernel := _numba_round()) is not None and _is_dense(x):
             return _round_on_cpu(kernel, x, scale, 1 / scale, low, high)
@@ -99,9 +100,10 @@ class _PSWeight(torch.autograd.Function):
     """2**round(shift) * sign(round(sign)) with the gradients of the original."""
 
     @staticmethod
-    def forward(ctx, shift, sign, rounding):
-        power = round_values(shift, rounding).exp2_()
-        weight = round_values(sign, rounding).sign_().mul_(power)
+    def forward(ctx, shift, sign, rounding, weight):
+        if weight is None:
+            power = round_values(shift, rounding).exp2_()
+            weight = round_values(sign, rounding).sign_().mul_(power)
         ctx.save_for_backward(weight)
         return weight
 
@@ -109,20 +111,22 @@ class _PSWeight(torch.autograd.Function):
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors
         # As in the original: the gradient of sign is not multiplied by 2**shift.
-        grad_shift = (weight * LN2).mul_(grad) if ctx.needs_input_grad[0] else None
-        return grad_shift, grad, None
+        grad_shift = None
+        if ctx.needs_input_grad[0] and (grad_shift := _on_cuda("ps_gradient", weight, grad)) is None:
+            grad_shift = (weight * LN2).mul_(grad)
+        return grad_shift, grad, None, None
 
 
 class _QWeight(torch.autograd.Function):
     """round_power_of_2; the gradient passes unchanged."""
 
     @staticmethod
-    def forward(ctx, weight, rounding):
-        return round_power_of_2(weight, rounding)
+    def forward(ctx, weight, rounding, rounded):
+        return round_power_of_2(weight, rounding) if rounded is None else rounded
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, None
+        return grad, None, None
 
 
 def fixed_point(x: Tensor, bits: tuple[int, int]) -> Tensor:
@@ -138,9 +142,14 @@ def ps_weight(shift: Tensor, sign: Tensor, shift_range: tuple[int, int], roundin
     shift, sign: float32 of one shape. `shift` is first clamped to shift_range in place, as in the original; `sign`
     is 0 up to a magnitude of 0.5. Gradients for upstream G: G * weight * ln 2 for shift, G for sign.
     """
-    with torch.no_grad():
-        shift.data.clamp_(*shift_range)
-    return _PSWeight.apply(shift, sign, rounding)
+    low, high = map(float, shift_range)
+    found = _on_cuda("ps_weight", shift, sign, low=low, high=high) if rounding == "deterministic" else None
+    if found is None:
+        with torch.no_grad():
+            shift.data.clamp_(low, high)
+        return _PSWeight.apply(shift, sign, rounding, None)
+    shift.data, weight = found
+    return _PSWeight.apply(shift, sign, rounding, weight)
 
 
 def q_weight(weight: Tensor, shift_range: tuple[int, int], rounding: str = "deterministic") -> Tensor:
@@ -148,9 +157,14 @@ def q_weight(weight: Tensor, shift_range: tuple[int, int], rounding: str = "dete
 
     weight: float32; its magnitudes are first clamped to the range in place, as in the original. The gradient passes.
     """
-    with torch.no_grad():
-        clamp_magnitude_(weight.data, 2.0 ** shift_range[0], 2.0 ** shift_range[1])
-    return _QWeight.apply(weight, rounding)
+    low, high = (2.0**end for end in shift_range)
+    found = _on_cuda("q_weight", weight, low=low, high=high) if rounding == "deterministic" else None
+    if found is None:
+        with torch.no_grad():
+            clamp_magnitude_(weight.data, low, high)
+        return _QWeight.apply(weight, rounding, None)
+    weight.data, rounded = found
+    return _QWeight.apply(weight, rounding, rounded)
 
 
 class _SquaredPowers(torch.autograd.Function):
@@ -210,22 +224,75 @@ def _numba_round():
         return numba.njit(nogil=True)(_round_pass)
 
 
-_CUDA_ROUND = """
-template <typename T> T round_to_fixed(T x, T scale, T inverse, T low, T high) {
+# Per element: (source, names of its numbers, outputs). The first output of a weight is the clamped parameter.
+CUDA_KERNELS = {
+    "round_to_fixed": (
+        """
+template <typename T> void round_to_fixed(T x, T scale, T inverse, T low, T high, T& y) {
   T value = floor(x * scale) * inverse;
   value = value < low ? low : value;
-  return value > high ? high : value;
+  y = value > high ? high : value;
 }
-"""
+""",
+        ("scale", "inverse", "low", "high"),
+        1,
+    ),
+    "ps_weight": (
+        """
+template <typename T> void ps_weight(T shift, T sign, T low, T high, T& clamped, T& weight) {
+  T value = shift < low ? low : shift;
+  clamped = value > high ? high : value;
+  T direction = rint(sign);
+  T unit = direction > T(0) ? T(1) : direction < T(0) ? T(-1) : direction;
+  weight = unit * exp2(rint(clamped));
+}
+""",
+        ("low", "high"),
+        2,
+    ),
+    "ps_gradient": (
+        """
+template <typename T> void ps_gradient(T weight, T grad, T& y) { y = weight * T(0.6931471805599453) * grad; }
+""",
+        (),
+        1,
+    ),
+    "q_weight": (
+        """
+template <typename T> void q_weight(T weight, T low, T high, T& clamped, T& rounded) {
+  T size = fabs(weight);
+  size = size < low ? low : size > high ? high : size;
+  clamped = weight == T(0) ? T(0) : copysign(size, weight);
+  rounded = copysign(exp2(rint(log(fabs(clamped)) / T(0.6931471805599453))), clamped);
+}
+""",
+        ("low", "high"),
+        2,
+    ),
+}
 
 
 @functools.cache
-def _cuda_round():
-    """The same pass as one CUDA kernel, compiled at run time by PyTorch itself; None on AMD or where it cannot."""
-    try:
-        from torch.cuda import jiterator
+def _cuda_kernel(name):
+    from torch.cuda import jiterator
 
-        return jiterator._create_jit_fn(_CUDA_ROUND, scale=1.0, inverse=1.0, low=0.0, high=0.0)
+    source, numbers, outputs = CUDA_KERNELS[name]
+    return jiterator._create_multi_output_jit_fn(source, outputs, **dict.fromkeys(numbers, 1.0))
+
+
+_refused = set()
+
+
+def _on_cuda(name, *tensors, **numbers):
+    """Result, or results, of one pass of a CUDA kernel, which PyTorch compiles; None where plain operations do it."""
+    if not all(tensor.is_cuda and tensor.dtype == torch.float32 for tensor in tensors) or name in _refused:
+        return None
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        with torch.no_grad():
+            return _cuda_kernel(name)(*(tensor.detach() for tensor in tensors), **numbers)
     except Exception as error:  # not a stable interface: whatever is wrong, PyTorch's own operations do it too
-        _log.warning("activations are rounded in several passes: %s", str(error).splitlines()[0])
+        _refused.add(name)
+        _log.warning("%s takes several passes on this GPU: %s", name, str(error).splitlines()[0])
         return None
