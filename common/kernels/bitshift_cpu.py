@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba import cfunc, config, types
+from numba import config
 
 from common.kernels import bitshift_cpu_kernels as kernels
 from common.kernels import threads
@@ -21,16 +21,6 @@ MANY_ROWS = 128  # of x; beyond, unpacking columns for the library's product is 
 COLUMNS = 512  # unpacked at a time for the library's product
 SMALL = 2**16  # weights of a convolution that may be brought into any order in no time
 WORKSPACE = 2**24  # floats, at most, kept for unpacked weights
-
-
-@functools.cache
-def _compiled(entry):
-    signature = types.void(types.CPointer(types.int64))
-    try:
-        compiled = cfunc(signature, cache=True)(entry)
-    except Exception:  # of the cache (no place to write, full disk, damaged file); any other comes again without it
-        compiled = cfunc(signature)(entry)
-    return threads.Kernel(compiled)
 
 
 def load():
@@ -59,7 +49,7 @@ def _run_panels(entry, bits, codes, tables, x, y, *more, scratch=0):
     arguments = bits, codes.data_ptr(), x.data_ptr(), y.data_ptr(), blocks, tables, *more
     # What an item costs is counted in bytes of codes; further rows of x make it dearer.
     item_bytes = blocks * GROUP * (bits or 32) * max(1, len(x) // 4)
-    threads.run(_compiled(entry), arguments, panels, item_bytes, scratch)
+    threads.run(threads.compiled(entry), arguments, panels, item_bytes, scratch)
 
 
 def linear(x, weights):
@@ -104,7 +94,7 @@ def _unpack_into(weights, offset, items, blocks, y, across, stride, step):
     tables, _ = _tables(weights.bits, weights.base, weights.zero)
     codes = weights.codes.data_ptr() + offset
     arguments = weights.bits, codes, y.data_ptr(), blocks, across, stride, step, tables
-    threads.run(_compiled(kernels.weights_entry), arguments, items, blocks * BLOCK * 4)
+    threads.run(threads.compiled(kernels.weights_entry), arguments, items, blocks * BLOCK * 4)
 
 
 def unpack(weights, buffer=None):

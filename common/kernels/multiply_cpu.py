@@ -1,9 +1,7 @@
 """CPU kernels of multiply, compiled by numba: plain loops, one output after the other. Imported on first use."""
 
-import functools
-
 from llvmlite import ir
-from numba import carray, cfunc, config, float32, njit, types
+from numba import carray, config, float32, njit, types
 from numba.extending import intrinsic
 
 from common.kernels import threads
@@ -75,16 +73,6 @@ def _conv2d_entry(arguments):
     _conv2d(a[0], a[3], a[4], carray(weight, a[8]), carray(x, a[9]), carray(y, a[10]), a[11:26])
 
 
-@functools.cache
-def _compiled(entry):
-    signature = types.void(types.CPointer(types.int64))
-    try:
-        compiled = cfunc(signature, cache=True)(entry)
-    except Exception:  # of the cache (no place to write, full disk, damaged file); any other comes again without it
-        compiled = cfunc(signature)(entry)
-    return threads.Kernel(compiled)
-
-
 def load():
     """Raises ImportError where numba is switched off."""
     if config.DISABLE_JIT:
@@ -94,7 +82,7 @@ def load():
 def linear(x, weight, y):
     """Write x (rows, in) @ weight.T into y (rows, out): float32, contiguous, on the CPU, not empty."""
     arguments = weight.data_ptr(), x.data_ptr(), y.data_ptr(), *x.shape
-    threads.run(_compiled(_linear_entry), arguments, len(weight), x.numel() * 4)
+    threads.run(threads.compiled(_linear_entry), arguments, len(weight), x.numel() * 4)
 
 
 def conv2d(x, weight, y, stride, padding, dilation, groups):
@@ -103,4 +91,4 @@ def conv2d(x, weight, y, stride, padding, dilation, groups):
     counts = weight.numel(), x.numel(), y.numel()
     arguments = weight.data_ptr(), x.data_ptr(), y.data_ptr(), *counts, *sizes
     plane_bytes = y.shape[2] * y.shape[3] * weight[0].numel() * 4
-    threads.run(_compiled(_conv2d_entry), arguments, batch * len(weight), max(1, plane_bytes))
+    threads.run(threads.compiled(_conv2d_entry), arguments, batch * len(weight), max(1, plane_bytes))

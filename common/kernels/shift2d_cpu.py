@@ -10,7 +10,7 @@ import functools
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, config, njit, types
+from numba import carray, config, njit, types
 from numba.extending import intrinsic
 
 from common.kernels import threads
@@ -240,21 +240,12 @@ def _rows_entry(arguments):
     _shift_rows(a[0], scratch, a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13], a[14])
 
 
-def _compile(function):
-    signature = types.void(types.CPointer(types.int64))
-    try:
-        compiled = cfunc(signature, cache=True)(function)
-    except Exception:  # of the cache (no place to write, full disk, damaged file); any other comes again without it
-        compiled = cfunc(signature)(function)
-    return threads.Kernel(compiled)
-
-
 @functools.cache
 def load():
     """(planes, rows): compiled, or read from numba's cache. Raises ImportError where numba is switched off."""
     if config.DISABLE_JIT:
         raise ImportError("numba is switched off (NUMBA_DISABLE_JIT)")
-    return _compile(_planes_entry), _compile(_rows_entry)
+    return threads.compiled(_planes_entry), threads.compiled(_rows_entry)
 
 
 def _masks(periods):

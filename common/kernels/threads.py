@@ -62,6 +62,19 @@ class Kernel:
         self.call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)  # releases the interpreter's lock
 
 
+@functools.cache
+def compiled(entry):
+    """The Kernel of a Python function of one pointer to int64, compiled by numba once and kept on disk."""
+    from numba import cfunc, types
+
+    signature = types.void(types.CPointer(types.int64))
+    try:
+        function = cfunc(signature, cache=True)(entry)
+    except Exception:  # of the cache (no place to write, full disk, damaged file); any other comes again without it
+        function = cfunc(signature)(entry)
+    return Kernel(function)
+
+
 def advise_large_pages(tensor):
     """Ask Linux for 2 MiB pages under a new CPU tensor that will be written in full; does nothing elsewhere.
 

@@ -193,12 +193,15 @@ def compile_kernel(numba, monkeypatch, tmp_path):
     """Compiles one kernel anew, with numba's cache in an empty folder."""
     monkeypatch.setattr(importlib.import_module("numba").config, "CACHE_DIR", str(tmp_path))
     kernels = importlib.import_module("common.kernels.shift2d_cpu")
-    return lambda: kernels._compile(kernels._planes_entry)
+    return lambda: threads.compiled.__wrapped__(kernels._planes_entry)
 
 
 def test_compiled_code_is_cached_between_processes(compile_kernel, tmp_path):
     assert compile_kernel().compiled.cache_hits == 0
-    code = "from common.kernels import shift2d_cpu as k; print(k._compile(k._planes_entry).compiled.cache_hits)"
+    code = (
+        "from common.kernels import shift2d_cpu, threads\n"
+        "print(threads.compiled(shift2d_cpu._planes_entry).compiled.cache_hits)"
+    )
     assert python(code, NUMBA_CACHE_DIR=str(tmp_path))[0] == "1"
 
 

@@ -315,7 +315,6 @@ def test_the_readmes_snippet_prints_the_published_values(run, tmp_path, capsys):
 
 
 def test_plot_of_two_methods(run, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     main.main([*FLAGS, "--method=float", f"--output-dir={tmp_path / 'float'}"])
     capsys.readouterr()
     output = tmp_path / "plots" / "digits.png"
