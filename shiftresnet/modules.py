@@ -7,7 +7,7 @@ Attribute names are those of the original repository, so that its state dicts lo
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.kernels import shift2d
+from common.kernels import shift2d, shift_conv1x1
 
 
 def reduced(planes: int, reduction: float) -> int:
@@ -75,10 +75,15 @@ class BasicBlock(nn.Module):
 
 
 class ShiftConv(nn.Module):
-    """Conv-shift-conv: 1x1 to `expansion` times the output width, shift, 1x1 back (the CSC module of Sec. 3.2)."""
+    """Conv-shift-conv: 1x1 to `expansion` times the output width, shift, 1x1 back (the CSC module of Sec. 3.2).
+
+    fused: run the shift and the convolution after it in one pass, without calling the two modules. Set for inference;
+    results differ in the last bits.
+    """
 
     def __init__(self, in_planes, out_planes, stride=1, expansion=1.0):
         super().__init__()
+        self.fused = False
         mid = int(out_planes * expansion)
         if mid < 1:
             raise ValueError(
@@ -93,9 +98,12 @@ class ShiftConv(nn.Module):
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
-        y = self.shift2(y)
+        if self.fused:
+            y = shift_conv1x1(y, self.conv2.weight, None, self.conv2.stride[0], self.shift2.kernel_size)
+        else:
+            y = self.conv2(self.shift2(y))
         # As in the original: ReLU before the addition and none after it, unlike the other blocks.
-        y = F.relu(self.bn2(self.conv2(y)))
+        y = F.relu(self.bn2(y))
         return y + self.shortcut(x)
 
 

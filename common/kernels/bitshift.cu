@@ -123,6 +123,36 @@ __device__ inline void unpack(const Word* __restrict__ codes, float* __restrict_
   }
 }
 
+struct alignas(16) Bytes16 {
+  Word at[4];
+};
+
+// All weights of a linear layer as int8, in units of the smallest magnitude (1, 2, 4 ..., at most 64: 4 bits with a zero):
+// y (32 * panels, 16 * pairs), pairs of blocks, 0 where the last has no second. A thread does 16 inputs of 4 rows.
+template <int bits>
+__device__ inline void int8(const Word* __restrict__ codes, Bytes16* __restrict__ y, int panels, int blocks, int zero) {
+  const int pairs = (blocks + 1) / 2;
+  const long long count = (long long)panels * pairs * 8, step = (long long)gridDim.x * blockDim.x;
+  for (long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x; at < count; at += step) {
+    const int word = (int)(at % 8), pair = (int)(at / 8 % pairs);
+    const long long panel = at / 8 / pairs;
+    Bytes16 rows[4] = {};
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      if (2 * pair + i / 8 >= blocks) continue;
+      const Quad<bits> quad(codes + (panel * blocks + 2 * pair + i / 8) * (8 * bits), i % 8, word);
+#pragma unroll
+      for (int byte = 0; byte < 4; ++byte) {
+        const Code code = quad.code(byte);
+        const int size = (1 << code.magnitude) >> zero;
+        rows[byte].at[i / 4] |= (Word)((code.negative ? -size : size) & 255) << i % 4 * 8;
+      }
+    }
+#pragma unroll
+    for (int byte = 0; byte < 4; ++byte) y[(panel * 32 + row_of_byte(4 * word + byte)) * pairs + pair] = rows[byte];
+  }
+}
+
 template <int bits>
 __device__ inline Code code_at(const Word* codes, long long index) {
   const int byte = byte_of_row((int)(index % 32));
@@ -187,6 +217,11 @@ __device__ inline void conv2d_fixed(const Word* __restrict__ codes, const int* _
     conv2d_fixed<bits>(codes, x, y, batch, inputs, height, width, outputs, y_height, y_width, kernel_h, kernel_w,          \
                        stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups, base, zero);              \
   }
+#define BITSHIFT_INT8(bits)                                                                                                \
+  extern "C" __global__ void bitshift_int8_##bits(const Word* __restrict__ codes, Bytes16* __restrict__ y, int panels,     \
+                                                  int blocks, int zero) {                                                  \
+    int8<bits>(codes, y, panels, blocks, zero);                                                                            \
+  }
 #define BITSHIFT(bits)        \
   BITSHIFT_LINEAR(bits, 1)    \
   BITSHIFT_LINEAR(bits, 4)    \
@@ -199,3 +234,7 @@ BITSHIFT(3)
 BITSHIFT(4)
 BITSHIFT(5)
 BITSHIFT(6)
+
+BITSHIFT_INT8(2)
+BITSHIFT_INT8(3)
+BITSHIFT_INT8(4)

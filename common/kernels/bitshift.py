@@ -11,12 +11,11 @@ import logging
 import threading
 
 import torch
-from torch import Tensor
 
+from common.kernels.bitshift_int8 import linear_int8
 from common.kernels.bitshift_pack import (
     PackedShiftWeights,
     code_bytes,
-    memory_format_of,
     output_size,
     pack_shift_weights,
 )
@@ -30,6 +29,8 @@ from common.kernels.bitshift_reference import (
     linear_reference,
     wide,
 )
+from common.kernels.eager import is_plain_cpu
+from common.kernels.shift2d import memory_format_of
 
 __all__ = ["PackedShiftWeights", "bitshift_conv2d", "bitshift_linear", "overflow_count", "pack_shift_weights"]
 
@@ -45,12 +46,15 @@ def bitshift_linear(x, packed, bias=None, arithmetic="float", activation_bits=(1
     packed: PackedShiftWeights on x's device. arithmetic: "float", accumulated in at least float32; or "fixed", with
     activation_bits = (integer, fraction): x and bias become integers by truncation of x * 2**fraction, every product is
     rounded down to a multiple of 2**-fraction, sums are int32 and wrap. x and bias may also be these int32 integers
-    themselves; then the result is int32 too. Integers that do not fit are counted: see `overflow_count`.
+    themselves; then the result is int32 too. Integers that do not fit are counted: see `overflow_count`. Or "int8",
+    exact sums of int8 activations and integer weights: see `linear_int8` of bitshift_int8.py.
     Raises TypeError and ValueError for arguments other than these; RuntimeError when a gradient is asked for.
     """
     name = "bitshift_linear"
+    if arithmetic == "int8":
+        return linear_int8(x, _weights(packed, name, 2), bias, activation_bits)
     weights, fraction = _weights(packed, name, 2), _fraction(arithmetic, activation_bits, name)
-    call = _linear if _is_plain(x, bias) else _linear_operator
+    call = _linear if is_plain_cpu(x, bias) else _linear_operator
     return call(x, *weights[:1], bias, *weights[1:], fraction)
 
 
@@ -74,7 +78,7 @@ def bitshift_conv2d(
     name = "bitshift_conv2d"
     weights, fraction = _weights(packed, name, 4), _fraction(arithmetic, activation_bits, name)
     stride, padding, dilation = _pair(stride, "stride", 1), _pair(padding, "padding", 0), _pair(dilation, "dilation", 1)
-    call = _conv2d if _is_plain(x, bias) else _conv2d_operator
+    call = _conv2d if is_plain_cpu(x, bias) else _conv2d_operator
     return call(x, *weights[:1], bias, *weights[1:], stride, padding, dilation, groups, fraction)
 
 
@@ -140,30 +144,6 @@ def _fraction(arithmetic, activation_bits, name):
             f"32 in all, not {integer} and {fraction}"
         )
     return fraction
-
-
-def _is_plain(x, bias):
-    """Whether nothing watches or transforms the call, so that PyTorch's dispatcher, 40 us for an operator in Python,
-    would only call the kernel: an ordinary tensor on the CPU, no gradient, no torch.compile, no mode, no functorch."""
-    if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    tensors = (x,) if bias is None else (x, bias)
-    wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return not wants_gradient and not _is_watched(*tensors)
-
-
-def _is_watched(*tensors):
-    c = torch._C
-    try:
-        return bool(
-            c._len_torch_dispatch_stack()
-            or c._len_torch_function_stack()
-            or any(c._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
-            or torch.jit.is_tracing()
-            or torch.autograd._profiler_enabled()
-        )
-    except AttributeError:  # another PyTorch
-        return True
 
 
 def _pair(value, what, least):
@@ -279,7 +259,10 @@ def _linear(x, codes, bias, shape, bits, base, zero, fraction):
         return _fixed(x, bias, fraction, lambda integers: _linear_sums(kernels, integers, weights), -1)
     if kernels is None:
         return linear_reference(x, weights, bias)
-    y = kernels.linear(x.reshape(x.shape[:-1].numel(), x.shape[-1]).float(), weights)
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    if x.is_cuda:  # its kernels take x's dtype and the bias
+        return kernels.linear(rows, weights, bias).reshape((*x.shape[:-1], shape[0]))
+    y = kernels.linear(rows.float(), weights)
     y = (y + bias if bias is not None else y).to(x.dtype)
     return y.reshape((*x.shape[:-1], shape[0])).contiguous()
 
@@ -307,8 +290,8 @@ def _conv2d(x, codes, bias, shape, bits, base, zero, stride, padding, dilation, 
         return y.contiguous(memory_format=memory_format_of(x))
     if kernels is None:
         return conv2d_reference(x, weights, bias, *geometry)
-    if x.dtype == torch.float32:
-        return kernels.conv2d(x, weights, as_wide(bias, x), *geometry)
+    if x.dtype == torch.float32 or x.is_cuda:
+        return kernels.conv2d(x, weights, bias if x.is_cuda else as_wide(bias, x), *geometry)
     return kernels.conv2d(x.float(), weights, as_wide(bias, x), *geometry).to(x.dtype)
 
 

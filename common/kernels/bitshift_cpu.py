@@ -14,12 +14,16 @@ from numba import config
 
 from common.kernels import bitshift_cpu_kernels as kernels
 from common.kernels import threads
-from common.kernels.bitshift_pack import BLOCK, GROUP, code_values, in_order, low_bits, memory_format_of, output_size
+from common.kernels.bitshift_pack import BLOCK, GROUP, code_values, in_order, low_bits, output_size
+from common.kernels.product_cpu import WIDTH, equals_library, pad_entry
+from common.kernels.shift2d import memory_format_of
 
-CHUNK = 64  # inputs whose weights are unpacked at a time for several rows of x: 8 KiB of floats, in the L1 cache
+CHUNK = 256  # inputs whose weights are multiplied at a time: 16 KiB for 16 outputs, half of an L1 cache
 MANY_ROWS = 128  # of x; beyond, unpacking columns for the library's product is faster
 COLUMNS = 512  # unpacked at a time for the library's product
 SMALL = 2**16  # weights of a convolution that may be brought into any order in no time
+MOST_PATCHES = 8000  # pixels of y times taps of a small convolution; beyond, the library's is faster
+MOST_TERMS = 8192  # of a sum: 16 outputs' weights of so many are 512 KiB
 WORKSPACE = 2**24  # floats, at most, kept for unpacked weights
 
 
@@ -65,11 +69,26 @@ def linear(x, weights):
     if rows == 1:
         _run_panels(kernels.one_row_entry, weights.bits, weights.codes, tables, x, y)
     else:
-        scratch = CHUNK * GROUP * 4
+        tables_of_rows = _terms(CHUNK, GROUP * 4)[0], _steps(rows, x.stride(0) * 4)[0], _steps(rows, y.stride(0) * 4)[0]
+        more = rows, CHUNK // 8, *tables_of_rows
         _run_panels(
-            kernels.many_rows_entry, weights.bits, weights.codes, tables, x, y, rows, CHUNK // 8, scratch=scratch
+            kernels.many_rows_entry, weights.bits, weights.codes, tables, x, y, *more, scratch=CHUNK * GROUP * 4
         )
     return y[:, :outputs]
+
+
+@functools.lru_cache(maxsize=64)
+def _steps(count, step):
+    """(address, array) of 0, step, 2 * step and so on, int64."""
+    steps = np.arange(count, dtype=np.int64) * step
+    return steps.ctypes.data, steps
+
+
+@functools.lru_cache(maxsize=64)
+def _terms(count, step):
+    """(address, array) of a product's terms: weights every `step` bytes, inputs one after the other."""
+    terms = np.arange(count, dtype=np.int64)[:, None] * (step, 4)
+    return terms.ctypes.data, terms
 
 
 def _by_columns(x, weights):
@@ -107,9 +126,17 @@ def unpack(weights, buffer=None):
 
 
 class _Workspace(threading.local):
-    """Of each thread, for the unpacked weights of one convolution: fresh memory would cost more than the unpacking."""
+    """Of each thread, for the weights or inputs of one convolution: fresh memory would cost more than unpacking."""
 
     buffer = torch.empty(0)
+
+    def floats(self, count):
+        """At least so many."""
+        if count > WORKSPACE:
+            return torch.empty(count)
+        if self.buffer.numel() < count:
+            self.buffer = torch.empty(count)
+        return self.buffer
 
 
 _workspace = _Workspace()
@@ -118,17 +145,70 @@ _workspace = _Workspace()
 def conv2d(x, weights, bias, stride, padding, dilation, groups):
     """float32 x (N, in, H, W) -> (N, out, H', W'), in x's memory format. bias: float32 or None.
 
-    Weights are unpacked, then the library's convolution: reading a byte instead of four or more and writing floats that
-    stay in the cache costs a few percent of it.
+    Few pixels: weights are unpacked into the cache and multiplied there. Many: the library's convolution on unpacked
+    weights, which costs a few percent of it.
     """
+    shape = output_size(x.shape, weights.shape, stride, padding, dilation)
+    if _is_small(shape, weights.shape, groups):
+        return _by_pixels(x, weights, bias, shape, stride, padding, dilation)
     size = weights.codes.numel() // weights.bits * 8
-    if _workspace.buffer.numel() < size <= WORKSPACE:
-        _workspace.buffer = torch.empty(size)
-    weight = unpack(weights, _workspace.buffer)
+    weight = unpack(weights, _workspace.floats(size))
     if size <= SMALL and x.is_contiguous():
         return F.conv2d(x, weight.contiguous(), bias, stride, padding, dilation, groups)
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)  # one channels-last argument makes it so
     return y.contiguous(memory_format=memory_format_of(x))
+
+
+def _is_small(shape, weight_shape, groups):
+    images, outputs, height, width = shape
+    terms = math.prod(weight_shape[1:])
+    fits = groups == 1 and outputs % WIDTH == 0 and weight_shape[1] % 16 == 0 and 0 < terms <= MOST_TERMS
+    work = images * height * width * math.prod(weight_shape[2:])
+    return fits and 0 < work <= MOST_PATCHES and equals_library()
+
+
+def _by_pixels(x, weights, bias, shape, stride, padding, dilation):
+    """The convolution as one product: a row for each pixel of y, its inputs gathered from the padded x."""
+    memory_format, x = memory_format_of(x), x.contiguous(memory_format=torch.channels_last)
+    padded, padded_shape = _padded(x, padding)
+    y = torch.empty(shape, memory_format=torch.channels_last)
+    bias = torch.zeros(shape[1]) if bias is None else bias.contiguous()
+    gathered, _ = _gather(padded_shape, weights.shape[2:], shape, stride, dilation)
+    tables, _ = _tables(weights.bits, weights.base, weights.zero)
+    terms, pixels = math.prod(weights.shape[1:]), shape[0] * shape[2] * shape[3]
+    addresses = weights.codes.data_ptr(), padded.data_ptr(), y.data_ptr(), bias.data_ptr()
+    arguments = weights.bits, *addresses, tables, terms, CHUNK, *gathered
+    scratch = (CHUNK + terms) * WIDTH * 4
+    threads.run(threads.compiled(kernels.convolution_entry), arguments, shape[1] // WIDTH, terms * pixels * 2, scratch)
+    return y.contiguous(memory_format=memory_format)
+
+
+def _padded(x, padding):
+    """(tensor, shape) of channels-last x with zeros around it: x itself, or this thread's workspace. C % 8 == 0."""
+    (images, channels, height, width), (top, left) = x.shape, padding
+    if not (top or left):
+        return x, x.shape
+    shape = images, channels, height + 2 * top, width + 2 * left
+    y = _workspace.floats(math.prod(shape))
+    arguments = x.data_ptr(), y.data_ptr(), height, width, top, left, channels * 4
+    threads.run(threads.compiled(pad_entry), arguments, images * shape[2], shape[3] * channels * 4)
+    return y, shape
+
+
+@functools.lru_cache(maxsize=256)
+def _gather(padded, kernel, shape, stride, dilation):
+    """(values, arrays): the kernel's terms, places, number of rows, zeros and targets for a channels-last image."""
+    images, channels, height, width = padded
+    rows, columns = (np.arange(n)[:, None] * step for n, step in zip(kernel, dilation, strict=True))
+    taps = (rows * width + columns.T).reshape(-1, 1) * channels
+    inputs = (taps + np.arange(channels)).ravel()
+    terms = np.stack([np.arange(inputs.size) * (4 * WIDTH), inputs * 4], axis=1)
+    rows, columns = (np.arange(n) * step for n, step in zip(shape[2:], stride, strict=True))
+    pixels = np.arange(images)[:, None, None] * height * width + rows[:, None] * width + columns
+    places = pixels.ravel() * (4 * channels)
+    arrays = terms, places, np.zeros_like(places), np.arange(places.size) * (4 * shape[1])
+    terms, places, zeros, targets = arrays = [np.ascontiguousarray(array, np.int64) for array in arrays]
+    return (terms.ctypes.data, places.ctypes.data, places.size, zeros.ctypes.data, targets.ctypes.data), arrays
 
 
 def _fits(x, weights):

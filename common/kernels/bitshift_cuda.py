@@ -1,11 +1,16 @@
-"""CUDA kernels of bitshift: which kernel of bitshift.cu, on how many threads. CuPy is imported on first use."""
+"""CUDA kernels of bitshift: which kernel of bitshift.cu, on how many threads. CuPy is imported on first use.
+
+x of 16 bits: bitshift_half_cuda.py, where it can decode the weights to x's dtype; everything else in float32.
+"""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from common.kernels import bitshift_half_cuda as half
 from common.kernels import launch
-from common.kernels.bitshift_pack import BLOCK, GROUP, in_order, memory_format_of, output_size
+from common.kernels.bitshift_pack import BLOCK, GROUP, in_order, output_size
+from common.kernels.shift2d import memory_format_of
 
 WARPS = 16  # per thread block of a linear layer, at most: the kernel's shared memory is as large
 THREADS = 256
@@ -49,18 +54,31 @@ def _run_linear(x, weights, y, fixed):
     return y
 
 
-def linear(x, weights):
-    """float32 x (rows, in) @ weights.T -> (rows, out), float32. weights: of shape (out, in), on x's device."""
-    x = F.pad(x, (0, -x.shape[1] % 8)).contiguous()
-    outputs = weights.shape[0]
+def linear(x, weights, bias=None):
+    """x (rows, in) @ weights.T + bias -> (rows, out), in x's dtype, float32, bfloat16 or float16; sums are float32.
+
+    weights: of shape (out, in), on x's device; bias: (out,), floating, or None.
+    """
+    if half.usable(x.dtype, weights):
+        return half.linear(x, weights, bias)
+    y = _linear_float32(x.float(), weights)
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _linear_float32(x, weights):
+    x, outputs = _padded(x), weights.shape[0]
     if len(x) > MOST_ROWS and x.shape[1] and outputs:
         return x @ _unpack_transposed(weights)[:, :outputs]
     return _run_linear(x, weights, x.new_empty(len(x), outputs), fixed=False)
 
 
+def _padded(x):
+    return (F.pad(x, (0, -x.shape[1] % 8)) if x.shape[1] % 8 else x).contiguous()
+
+
 def linear_fixed(x, weights):
     """int32 x (rows, in) -> exact int64 sums of shifted inputs, (rows, out)."""
-    x = F.pad(x, (0, -x.shape[1] % 8)).contiguous()
+    x = _padded(x)
     return _run_linear(x, weights, x.new_empty(len(x), weights.shape[0], dtype=torch.int64), fixed=True)
 
 
@@ -76,21 +94,25 @@ def _unpack(weights, y, blocks, step, stride):
 def _unpack_transposed(weights):
     """Weights of a linear layer, (in up to a multiple of 8, out up to one of 32)."""
     panels, blocks = -(-weights.shape[0] // GROUP), -(-weights.shape[1] // 8)
-    y = torch.empty(blocks * 8, panels * GROUP, device=weights.codes.device)
+    y = torch.empty(blocks * 8, panels * GROUP, dtype=torch.float32, device=weights.codes.device)
     return _unpack(weights, y, blocks, GROUP, panels * GROUP)
 
 
 def unpack(weights):
     """The weights of a convolution, float32, shape weights.shape, channels-last."""
     blocks = weights.codes.numel() // (GROUP * weights.bits)
-    y = _unpack(weights, torch.empty(blocks * BLOCK, device=weights.codes.device), 1, BLOCK, GROUP)
-    return in_order(y, weights.shape)
+    y = torch.empty(blocks * BLOCK, dtype=torch.float32, device=weights.codes.device)
+    return in_order(_unpack(weights, y, 1, BLOCK, GROUP), weights.shape)
 
 
 def conv2d(x, weights, bias, *geometry):
-    """float32 x (N, in, H, W) -> (N, out, H', W'), in x's memory format. geometry: from stride to groups."""
-    y = F.conv2d(x, unpack(weights), bias, *geometry)  # one channels-last argument makes it so
-    return y.contiguous(memory_format=memory_format_of(x))
+    """x (N, in, H, W) -> (N, out, H', W'), in x's dtype and memory format. geometry: from stride to groups."""
+    if half.usable(x.dtype, weights):
+        dtype, weight = x.dtype, half.unpack_flat(weights, x.dtype)
+    else:
+        dtype, weight = torch.float32, unpack(weights)
+    y = F.conv2d(x.to(dtype), weight, None if bias is None else bias.to(dtype), *geometry)
+    return y.to(x.dtype, memory_format=memory_format_of(x))  # one channels-last argument has made it so
 
 
 def conv2d_fixed(x, weights, stride, padding, dilation, groups):

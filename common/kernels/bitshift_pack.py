@@ -271,9 +271,3 @@ def output_size(x_shape, weight_shape, stride, padding, dilation):
     if padded[0] < reach[0] or padded[1] < reach[1]:
         raise ValueError(f"convolution: the kernel spans {reach}, more than the padded image, {padded}")
     return images, outputs, (padded[0] - reach[0]) // stride[0] + 1, (padded[1] - reach[1]) // stride[1] + 1
-
-
-def memory_format_of(x):
-    """Memory format of a convolution's output: that of its input x."""
-    is_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if is_last else torch.contiguous_format

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.kernels.bitshift_pack import memory_format_of, output_size, unpack_codes, unpack_integers
+from common.kernels.bitshift_pack import output_size, unpack_codes, unpack_integers
+from common.kernels.shift2d import memory_format_of
 
 MOST_TERMS = 2**22  # of one fixed-point sum: below this, 32-bit terms add up exactly in float64
 
@@ -63,6 +64,13 @@ def linear_fixed_reference(x, weights):
     """int32 x (..., in) -> int64 (..., out), exact."""
     total = shift_and_add(x, weights, F.linear)
     return total if isinstance(total, Tensor) else x.new_zeros((*x.shape[:-1], weights.shape[0]), dtype=torch.int64)
+
+
+def linear_int8_reference(x, weights):
+    """int8 x (rows, in) -> int32 (rows, out): exact sums of x * w / (smallest magnitude of w). For sums below 2**31."""
+    negative, magnitude = unpack_integers(weights.codes, weights.shape, weights.bits)
+    sizes = torch.ones_like(magnitude) << magnitude >> int(weights.zero)
+    return F.linear(x.double(), torch.where(negative.bool(), -sizes, sizes).double()).int()
 
 
 def conv2d_fixed_reference(x, weights, *geometry):

@@ -6,7 +6,7 @@ from numba.extending import intrinsic
 
 from common.kernels import threads
 from common.kernels.bitshift_cuda import conv2d_sizes
-from common.kernels.shift2d_cpu import _fetch_add
+from common.kernels.vectors import fetch_add
 
 
 @intrinsic
@@ -22,7 +22,7 @@ def _floats(typing, address):
 @njit
 def _linear(counters, grain, outputs, weight, x, y, rows, inputs):
     while True:
-        first = _fetch_add(counters, grain)
+        first = fetch_add(counters, grain)
         for output in range(first, min(first + grain, outputs)):
             for row in range(rows):
                 total = float32(0)
@@ -39,7 +39,7 @@ def _conv2d(counters, grain, planes, weight, x, y, sizes):
     kernel_h, kernel_w, stride_h, stride_w, padding_h = sizes[6], sizes[7], sizes[8], sizes[9], sizes[10]
     padding_w, dilation_h, dilation_w, groups = sizes[11], sizes[12], sizes[13], sizes[14]
     while True:
-        first = _fetch_add(counters, grain)
+        first = fetch_add(counters, grain)
         for plane in range(first, min(first + grain, planes)):
             output, image = plane % outputs, plane // outputs
             source = (image * groups + output // (outputs // groups)) * inputs

@@ -31,7 +31,7 @@ def shift2d(x: Tensor, kernel_size: int = 3, dilation: int = 1) -> Tensor:
 def shift2d_reference(x: Tensor, kernel_size: int = 3, dilation: int = 1, direction: int = 1) -> Tensor:
     """The definition of shift2d, in plain PyTorch. direction -1 is its adjoint, which moves every channel back."""
     k, (_, channels, height, width) = kernel_size, x.shape
-    y = torch.zeros_like(x, memory_format=_layout(x))
+    y = torch.zeros_like(x, memory_format=memory_format_of(x))
     shifted = channels // (k * k) * (k * k)
     y[:, shifted:] = x[:, shifted:]
     for tap in range(min(k * k, shifted)):
@@ -58,8 +58,8 @@ def _check(x, kernel_size, dilation, direction=1):
         raise ValueError(f"shift2d: direction must be 1 or -1, not {direction}")
 
 
-def _layout(x):
-    # The output's memory format. A tensor that is both (C = 1, or H = W = 1) counts as contiguous.
+def memory_format_of(x):
+    """Memory format of an output that goes with x, (N, C, H, W): channels-last if x is that only, else contiguous."""
     if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
@@ -92,7 +92,7 @@ def _cuda_kernel():
 def _shift2d(x, kernel_size, dilation, direction):
     """Any device: the cases without a move, the kernel of the device, or plain PyTorch where there is none."""
     _check(x, kernel_size, dilation, direction)
-    layout = _layout(x)
+    layout = memory_format_of(x)
     if x.numel() == 0 or kernel_size == 1 or kernel_size * kernel_size > x.shape[1]:
         return x.clone(memory_format=layout)
     find_kernel = _KERNELS.get(x.device.type)
@@ -110,7 +110,7 @@ _KERNELS = {"cpu": _cpu_kernel, "cuda": _cuda_kernel}
 
 def _shift2d_fake(x, kernel_size, dilation, direction):
     _check(x, kernel_size, dilation, direction)
-    return torch.empty_like(x, memory_format=_layout(x))
+    return torch.empty_like(x, memory_format=memory_format_of(x))
 
 
 class _Shift2d(torch.autograd.Function):

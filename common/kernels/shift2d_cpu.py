@@ -14,6 +14,7 @@ from numba import carray, config, njit, types
 from numba.extending import intrinsic
 
 from common.kernels import threads
+from common.kernels.vectors import fetch_add
 
 VECTOR = 32
 MASK_BLOCK = 2048  # bytes after which channels-last masks repeat: a long inner loop whose masks still fit the L1 cache
@@ -97,15 +98,6 @@ def _make_choose(width):
     return choose
 
 
-@intrinsic
-def _fetch_add(typing, address, amount):
-    def codegen(context, builder, signature, arguments):
-        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", pointer, arguments[1], "monotonic")
-
-    return types.int64(types.int64, types.int64), codegen
-
-
 _zero1, _zero32 = _make_zero(1), _make_zero(VECTOR)
 _masked1, _masked32 = _make_masked(1), _make_masked(VECTOR)
 _merge1, _merge32 = _make_merge(1), _make_merge(VECTOR)
@@ -150,7 +142,7 @@ def _shift_planes(counters, grain, planes, x, y, masks, channels, height, row, k
     """
     half, shifted, size = k // 2, channels // (k * k) * (k * k), height * row
     while True:
-        first = _fetch_add(counters, grain)
+        first = fetch_add(counters, grain)
         for plane in range(first, min(first + grain, planes)):
             channel = plane % channels
             column, dy = half, 0
@@ -210,7 +202,7 @@ def _shift_rows(counters, scratch, grain, rows, x, y, masks, block, pixel, heigh
     margin = half * abs(step_x) * pixel
     staged, step = scratch + row + margin, step_x * pixel
     while True:
-        first = _fetch_add(counters, grain)
+        first = fetch_add(counters, grain)
         for item in range(first, min(first + grain, rows)):
             i, source, target = item % height, x + item * row, y + item * row
             if k == 3:  # the networks' case in one pass each: 1.5 times the speed of the loops below
@@ -236,7 +228,7 @@ def _planes_entry(arguments):
 
 def _rows_entry(arguments):
     a = carray(arguments, 15)
-    scratch = a[1] + a[2] * _fetch_add(a[0] + 8, 1)
+    scratch = a[1] + a[2] * fetch_add(a[0] + 8, 1)
     _shift_rows(a[0], scratch, a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13], a[14])
 
 
@@ -291,7 +283,7 @@ def shift2d_cpu(x, y, kernel_size, dilation, direction, channels_last):
         masks, block, _ = _tap_masks(channels, item, kernel_size)
         margin = kernel_size // 2 * abs(step_x) * pixel
         arguments = (*addresses, masks, block, pixel, height, width, kernel_size, step_y, step_x)
-        threads.run(rows, arguments, n * height, width * pixel, scratch_bytes=2 * (width * pixel + margin))
+        threads.run(rows, arguments, n * height, width * pixel, scratch_bytes=2 * (width * pixel + margin), zeroed=True)
     else:
         masks, row, _ = _edge_masks(width, item, kernel_size, step_x)
         arguments = (*addresses, masks, channels, height, row, kernel_size, step_y, step_x * item)

@@ -9,8 +9,10 @@ dead, and a torch without GNU OpenMP use Python threads of our own, side by side
 
 import ctypes
 import functools
+import hashlib
 import mmap
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,10 +65,21 @@ class Kernel:
 
 
 @functools.cache
+def _sources():
+    """Digest of all that is compiled together."""
+    digest, folder = hashlib.sha256(), Path(__file__).parent
+    for path in sorted([*folder.glob("*_cpu*.py"), folder / "vectors.py", folder / "bitshift_pack.py"]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@functools.cache
 def compiled(entry):
     """The Kernel of a Python function of one pointer to int64, compiled by numba once and kept on disk."""
     from numba import cfunc, types
 
+    # numba's cache heeds changes of the entry's own file only, and files by this name.
+    entry.__qualname__ = f"{entry.__name__}_{_sources()}"
     signature = types.void(types.CPointer(types.int64))
     try:
         function = cfunc(signature, cache=True)(entry)
@@ -96,25 +109,44 @@ def thread_count(items, item_bytes):
     return torch.get_num_threads() if items > 1 and items * item_bytes >= MIN_PARALLEL_BYTES else 1
 
 
-def run(kernel, arguments, items, item_bytes, scratch_bytes=0):
+class _Scratch(threading.local):
+    """Memory of each calling thread that stays: fresh pages cost more than small kernels."""
+
+    buffer, size = None, 0
+
+    def address(self, size):
+        if size > self.size:
+            self.buffer, self.size = (ctypes.c_uint8 * (size + 64))(), size
+        return -(-ctypes.addressof(self.buffer) // 64) * 64 if size else 0
+
+
+_scratch = _Scratch()
+
+
+def run(kernel, arguments, items, item_bytes, scratch_bytes=0, zeroed=False, grain=0):
     """Call a Kernel on every thread; return when all `items` pieces of work, of `item_bytes` bytes each, are done.
 
     It gets: address of two counters, scratch, scratch_bytes, grain, items, then `arguments` (integers). It takes
-    `grain` items at a time by adding atomically to the first counter until `items` is reached, so a slow thread leaves
-    its share to the others. Its own `scratch_bytes` zeroed bytes are at scratch + scratch_bytes * (second counter)++.
+    `grain` items (0: as many as 128 KiB) at a time by adding atomically to the first counter until `items` is reached,
+    so a slow thread leaves its share to the others. Its own `scratch_bytes` bytes, `zeroed` if so asked, are at
+    scratch + scratch_bytes * (second counter)++.
     """
     threads = thread_count(items, item_bytes)
-    grain = items if threads == 1 else max(1, GRAIN_BYTES // item_bytes)
-    counters = (ctypes.c_int64 * 2)()
-    scratch = (ctypes.c_uint8 * (threads * scratch_bytes))()
-    values = (ctypes.addressof(counters), ctypes.addressof(scratch), scratch_bytes, grain, items, *arguments)
-    block = (ctypes.c_int64 * len(values))(*values)
+    grain = items if threads == 1 else grain or max(1, GRAIN_BYTES // item_bytes)
+    scratch_bytes = -(-scratch_bytes // 64) * 64
+    scratch = _scratch.address(threads * scratch_bytes)
+    if zeroed:
+        ctypes.memset(scratch, 0, threads * scratch_bytes)
+    block = (ctypes.c_int64 * (7 + len(arguments)))(0, 0, 0, scratch, scratch_bytes, grain, items, *arguments)
+    address = ctypes.addressof(block)
+    block[2] = address  # the counters are the two words before it
+    call_with = address + 16
     if threads == 1:
-        kernel.call(ctypes.addressof(block))
+        kernel.call(call_with)
     elif _openmp_parallel() and not _forked:
-        _openmp_parallel()(kernel.address, ctypes.addressof(block), threads, 0)
+        _openmp_parallel()(kernel.address, call_with, threads, 0)
     else:
-        _run_in_pool(kernel.call, ctypes.addressof(block), threads)
+        _run_in_pool(kernel.call, call_with, threads)
 
 
 def _run_in_pool(call, block, threads):

@@ -14,7 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.kernels import bitshift_linear, pack_shift_weights, threads
+from common.kernels import bitshift_conv2d, bitshift_linear, pack_shift_weights, threads
+from common.kernels.shift2d import memory_format_of
 from tests.common.bitshift_cases import CODES, random_weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,9 +103,11 @@ def test_after_a_fork(pool):
 
 WITHOUT_BYTE_SHUFFLE = """
 import torch, torch.nn.functional as F
-from common.kernels import bitshift_cpu_kernels, bitshift_linear, bitshift_conv2d, pack_shift_weights
+from common.kernels import bitshift_linear, bitshift_conv2d, pack_shift_weights
+from common.kernels.shift2d import memory_format_of
 from tests.common.bitshift_cases import CODES, random_weights
-assert not bitshift_cpu_kernels._has_byte_shuffle()
+from common.kernels import codes_cpu
+assert not codes_cpu._has_byte_shuffle()
 for scheme, bits in CODES:
     weight = random_weights((40, 24), scheme, bits)
     packed, x = pack_shift_weights(weight, bits, scheme), torch.randint(-8, 9, (3, 24)).float()
@@ -116,6 +119,9 @@ for scheme, bits in CODES:
     weights = pack_shift_weights(conv, bits, scheme)
     x = torch.zeros(1, 7, 3, 3); x[0, 6, 2, 1] = 1
     assert torch.equal(bitshift_conv2d(x, weights)[0, :, 0, 0], conv[:, 6, 2, 1])
+    conv, x = random_weights((16, 32, 3, 3), scheme, bits), torch.randint(-8, 9, (1, 32, 5, 5)).float()
+    y, expected = bitshift_conv2d(x, pack_shift_weights(conv, bits, scheme)), F.conv2d(x.double(), conv.double())
+    assert (y - expected).abs().max() <= 1e-6 * expected.abs().max()
 """
 
 
@@ -135,12 +141,57 @@ def test_kernels_unpack_what_was_packed(numba, scheme, bits):
     assert torch.equal(module._cpu_kernels().unpack(module._weights(packed, "test", 4)), weight)
 
 
+# (N, C, H, W), outputs, kernel, stride, padding, dilation, bias
+SMALL_CONVOLUTIONS = [
+    ((1, 64, 14, 14), 32, (3, 3), (1, 1), (1, 1), (1, 1), True),
+    ((2, 32, 9, 7), 16, (3, 2), (2, 1), (1, 0), (1, 2), True),
+    ((1, 256, 7, 7), 64, (1, 1), (1, 1), (0, 0), (1, 1), False),
+    ((3, 16, 5, 5), 48, (1, 1), (2, 2), (0, 0), (1, 1), False),
+    ((1, 48, 1, 1), 16, (3, 3), (1, 1), (1, 2), (1, 1), True),
+    ((2, 512, 7, 7), 16, (3, 3), (1, 1), (1, 1), (1, 1), False),
+]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("case", SMALL_CONVOLUTIONS, ids=str)
+def test_small_convolutions(pool, case, layout):
+    """Multiplied from the codes, without the library: every code, on integers, on three threads."""
+    shape, outputs, kernel, *geometry, biased = case
+    bias = torch.randint(-8, 9, (outputs,)).float() if biased else None
+    for scheme, bits in (("PS", 4), ("Q", 5), ("S3", 3), ("PS", 6), ("PS", 2)):
+        weight = random_weights((outputs, shape[1], *kernel), scheme, bits)
+        packed = pack_shift_weights(weight, bits, scheme)
+        x = torch.randint(-8, 9, shape).float().contiguous(memory_format=layout)
+        assert _is_multiplied_here(packed, x, geometry)
+        y = bitshift_conv2d(x, packed, bias, *geometry)
+        expected = F.conv2d(x.double(), weight.double(), bias if bias is None else bias.double(), *geometry)
+        assert y.stride() == expected.float().contiguous(memory_format=memory_format_of(x)).stride()
+        assert (y - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+def _is_multiplied_here(packed, x, geometry):
+    from common.kernels import bitshift_cpu
+    from common.kernels.bitshift_pack import output_size
+
+    if torch.backends.cpu.get_cpu_capability() != "AVX2":
+        pytest.skip("these convolutions are the library's on a processor with other vectors than AVX2's")
+    return bitshift_cpu._is_small(output_size(x.shape, packed.shape, *geometry), packed.shape, 1)
+
+
+def test_kernels_are_compiled_again_when_any_of_their_sources_changed(numba):
+    """numba's cache on disk would keep what it has: it heeds the entry's file only. So files' names hold a digest."""
+    from common.kernels import bitshift_cpu_kernels
+
+    threads.compiled(bitshift_cpu_kernels.one_row_entry)
+    assert bitshift_cpu_kernels.one_row_entry.__qualname__ == f"one_row_entry_{threads._sources()}"
+
+
 @pytest.mark.parametrize("why", ["missing", "switched off"])
 def test_without_numba(why, monkeypatch, caplog):
     """The plain path, and one line in the log."""
     if why == "missing":
         monkeypatch.setitem(sys.modules, "numba", None)
-        for name in ("bitshift_cpu", "bitshift_cpu_kernels"):
+        for name in ("bitshift_cpu", "bitshift_cpu_kernels", "codes_cpu", "product_cpu", "vectors"):
             monkeypatch.delitem(sys.modules, f"common.kernels.{name}", raising=False)
             monkeypatch.delattr(f"common.kernels.{name}", raising=False)
     else:

@@ -1,4 +1,5 @@
-"""bitshift.cu and multiply.cu without a GPU: run on the host under the sanitizers, bit-equal to independent results.
+"""bitshift.cu, bitshift_naive.cu and multiply.cu without a GPU: run on the host under the sanitizers, bit-equal to
+independent results.
 
 (test_kernel_sources.py compiles them for every architecture.)
 """
@@ -11,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.kernels import bitshift_cuda, pack_shift_weights
-from tests.common.bitshift_cases import CODES, fixed_conv2d, fixed_linear, random_parts, random_weights
+from common.kernels import bitshift_cuda, bitshift_int8_cuda, bitshift_naive_cuda, launch, pack_shift_weights
+from common.kernels.bitshift_reference import Weights
+from tests.common.bitshift_cases import CODES, exponents, fixed_conv2d, fixed_linear, random_parts, random_weights
 from tests.host.gxx import HostKernels
 
 
@@ -141,6 +143,57 @@ def test_multiply(tmp_path):
             )
         )
     run(host, cases)
+
+
+@pytest.mark.parametrize("scheme, bits", [(scheme, bits) for scheme, bits in CODES if bits < 5 - (scheme == "Q")])
+def test_int8(host_bitshift, scheme, bits):
+    """Integers in units of the smallest magnitude; zeros behind an odd number of blocks."""
+    launches, expected = [], []
+    for rows, columns in ((70, 20), (32, 32), (1, 1)):
+        weight = random_weights((rows, columns), scheme, bits)
+        packed = pack_shift_weights(weight, bits, scheme)
+        panels, blocks = -(-rows // 32), -(-columns // 8)
+        y = np.full((panels * 32, -(-blocks // 2) * 16), 77, np.int8)
+        sizes = map(np.int32, (panels, blocks, packed.zero))
+        launches.append((*bitshift_int8_cuda.plan(panels, blocks, bits), [codes(packed), y, *sizes]))
+        expected.append((weight / 2.0 ** exponents(scheme, bits)[0]).char().numpy())
+    for (_, y), wanted in zip(host_bitshift.run(launches), expected, strict=True):
+        rows, columns = wanted.shape
+        assert np.array_equal(y[:rows, :columns], wanted)
+        assert not y[:, -(-columns // 8) * 8 :].any()
+
+
+def test_int8_wrapper(host_bitshift, monkeypatch):
+    """The library's product on the kernel's integers: few rows, odd sizes, the fill cut off again."""
+    monkeypatch.setattr(launch, "launch", host_bitshift.launch)
+    shift, sign = random_parts((33, 20), "PS", 4)
+    packed, x = pack_shift_weights((shift, sign), 4, "PS"), integers((40, 20), 5, most=127).to(torch.int8)
+    weights = Weights(packed.codes, packed.shape, packed.bits, packed.base, packed.zero)
+    expected = x.int() @ (sign * 2 ** (shift + 6)).int().T
+    assert all(torch.equal(bitshift_int8_cuda.linear(x[:rows], weights), expected[:rows]) for rows in (1, 40))
+
+
+def test_naive(tmp_path):
+    """Both baselines on integers; shifts round down, and sums wrap at 32 bits."""
+    host, generator, cases = HostKernels("bitshift_naive", tmp_path), random.Random(2), []
+    for seed, (scheme, bits) in enumerate([("PS", 4), ("Q", 4), ("PS", 5), ("PS", 6)]):
+        stride, padding, kernel = generator.choice((1, 2)), generator.choice((0, 1)), (generator.choice((1, 3)), 3)
+        shift, sign = random_parts((18, 5, *kernel), scheme, bits, seed)
+        codes = bitshift_naive_cuda.shift_codes(pack_shift_weights((shift, sign), bits, scheme))
+        x, small = integers((2, 5, 5, 4), seed, most=2**31 - 1), integers((2, 5, 5, 4), seed).float()
+        shifted = fixed_conv2d(x, shift, sign, (stride, stride), (padding, padding), (1, 1), 1).int()
+        multiplied = F.conv2d(small, sign.float(), None, stride, padding)
+        shape, grid, block, sizes = bitshift_naive_cuda.plan(x.shape, codes.shape, stride, padding)
+        for name, values, weight, y in (("shift", x, codes, shifted), ("multiply", small, sign.float(), multiplied)):
+            arguments = [weight.numpy(), values.numpy(), np.full_like(y.numpy(), 77), *map(np.int32, sizes)]
+            assert y.shape == shape
+            cases += [((f"bitshift_naive_{name}", each, block, arguments), y) for each in (grid, (2, 1, 1))]
+    run(host, cases)
+
+
+def test_naive_kernels_shift_to_the_right():
+    with pytest.raises(ValueError, match="above 1"):
+        bitshift_naive_cuda.shift_codes(pack_shift_weights(random_weights((4, 4, 3, 3), "S3", 4), 4, "S3"))
 
 
 def test_host_run_detects_faults(host_bitshift):

@@ -75,7 +75,7 @@ def test_number_of_threads(pool, monkeypatch):
 def test_every_thread_works(pool):
     """All three run at the same time (each waits for the others), and every piece of the work is taken once."""
     numba = pytest.importorskip("numba")
-    fetch_add = importlib.import_module("common.kernels.shift2d_cpu")._fetch_add
+    fetch_add = importlib.import_module("common.kernels.vectors").fetch_add
     taken = np.zeros(64, np.int64)
 
     def body(arguments):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from common.kernels import launch
 
@@ -20,7 +21,7 @@ def kernel_names(stem):
     text = re.sub(r"^#(?!define|undef|pragma|if|el|endif).*$", "", launch.source(stem), flags=re.M)
     command = ["g++", "-E", "-P", "-x", "c++", "-"]
     expanded = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
-    return re.findall(r"__global__\s+void\s+(\w+)\s*\(", expanded.stdout)
+    return re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(", expanded.stdout)
 
 
 class HostKernels:
@@ -58,6 +59,17 @@ class HostKernels:
         done = subprocess.run([str(self.program)], input=bytes(stream), capture_output=True)
         assert done.returncode == 0, f"exit status {done.returncode}: {done.stderr.decode()}"
         return self._results(launches, memoryview(done.stdout))
+
+    def launch(self, stem, name, grid, block, *arguments):
+        """launch.launch with tensors of the CPU, on boundaries of 16 bytes: what the kernel changes is written back."""
+        given = [each.view(torch.uint8).numpy() if isinstance(each, torch.Tensor) else each for each in arguments]
+        placed = [(each.copy(), 0) if isinstance(each, np.ndarray) else each for each in given]
+        (results,) = self.run([(name, grid, block, placed)])
+        before = [each[0] for each in placed if isinstance(each, tuple)]
+        arrays = [each for each in given if isinstance(each, np.ndarray)]
+        for array, old, new in zip(arrays, before, results, strict=True):
+            if not np.array_equal(old, new):  # one tensor may be several arguments, of which a kernel writes one
+                array[...] = new
 
     @staticmethod
     def _results(launches, output):

@@ -1,6 +1,6 @@
 // Lets g++ (10 or newer, C++20) compile the .cu files of common/kernels and run their kernels block by block, thread by
 // thread. Each CUDA thread runs to its end before the next begins; with BARRIERS defined, for a file that has
-// __syncthreads, every thread of a block is a thread of its own instead. No warp intrinsics.
+// __syncthreads, every thread of a block is a thread of its own instead, and warps can multiply matrices (host_warp.h).
 #pragma once
 #include <pthread.h>
 
@@ -10,10 +10,13 @@
 #include <utility>
 #include <vector>
 
+#include "host_warp.h"
+
 #define __global__
 #define __device__
 #define __host__
 #define __shared__ static  // one block at a time
+#define __launch_bounds__(...)
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -40,15 +43,22 @@ void invoke(void (*kernel)(Parameters...), void** arguments, std::index_sequence
 template <class Body>
 void run_block(Body body) {
 #ifdef BARRIERS
+  const unsigned count = blockDim.x * blockDim.y * blockDim.z;
   std::vector<std::thread> threads;
-  pthread_barrier_init(&block_barrier, nullptr, blockDim.x * blockDim.y * blockDim.z);
+  std::vector<HostWarp> warps((count + 31) / 32);
+  pthread_barrier_init(&block_barrier, nullptr, count);
+  for (HostWarp& warp : warps) pthread_barrier_init(&warp.barrier, nullptr, 32);
   for_each_index(blockDim, threadIdx, [&] {
-    threads.emplace_back([grid = gridDim, block = blockDim, at = blockIdx, thread = threadIdx, body] {
+    HostWarp* warp = &warps[threads.size() / 32];
+    threads.emplace_back([grid = gridDim, block = blockDim, at = blockIdx, thread = threadIdx, body, warp,
+                          lane = (int)threads.size() % 32] {
       gridDim = grid, blockDim = block, blockIdx = at, threadIdx = thread;
+      host_warp = warp, host_lane = lane;
       body();
     });
   });
   for (std::thread& thread : threads) thread.join();
+  for (HostWarp& warp : warps) pthread_barrier_destroy(&warp.barrier);
   pthread_barrier_destroy(&block_barrier);
 #else
   for_each_index(blockDim, threadIdx, body);

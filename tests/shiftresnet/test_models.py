@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from shiftresnet import modules
+from common.kernels import shift_conv1x1
+from shiftresnet import engine, modules
 from shiftresnet.count import count_flops, count_parameters, layer_macs, main
 from shiftresnet.models import ARCHITECTURES, REDUCTION_MODES, Config, build_model
 
@@ -181,3 +182,20 @@ def test_options_that_make_no_network_are_refused(options, message):
 def test_checkpoint_names_are_the_originals(options, name):
     config = Config(**options)
     assert config.arch + config.suffix() == name
+
+
+def test_fused_shifts_in_evaluation(monkeypatch):
+    """Every shift block runs fused inside, and as before outside; the logits differ in the last bits at most."""
+    calls = []
+    monkeypatch.setattr(modules, "shift_conv1x1", lambda *a: calls.append(a) or shift_conv1x1(*a))
+    model = build_model(Config("shiftresnet20", expansion=2)).eval()
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = model(images)
+        assert not calls
+        with engine.fused_shifts(model, images) as laid_out:
+            fused = model(laid_out)
+        assert len(calls) == 9 and laid_out.is_contiguous(memory_format=torch.channels_last)
+        assert torch.allclose(fused, plain, rtol=1e-5, atol=1e-6) and torch.equal(model(images), plain)
+    with engine.fused_shifts(torch.nn.Identity(), images) as same:
+        assert same is images

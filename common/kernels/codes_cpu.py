@@ -1,0 +1,191 @@
+"""Machine code that takes packed power-of-two codes apart (bitshift_pack.py), written as LLVM instructions for numba.
+
+A group of 32 codes becomes four vectors of eight floats: two 16-entry byte tables give the upper halves of the floats,
+sign, exponent and the mantissa's first bit, all that a power of two needs; interleaving them makes 32 words, and
+shifting the even ones up, masking the odd ones, 32 floats. With AVX2 a table is one byte shuffle for 32 codes;
+elsewhere the bytes are computed. Linear layers have 32 outputs in the lanes and take one input at a time, so that an
+input is loaded once and no lane is ever summed with another.
+"""
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+
+from common.kernels.bitshift_pack import GROUP, low_bits
+from common.kernels.vectors import (
+    BYTES,
+    FLOATS,
+    I8,
+    I64,
+    INTS,
+    WORDS,
+    at,
+    broadcast,
+    load,
+    multiply_add,
+    same,
+    shuffle,
+    store,
+)
+
+
+def _shift_bytes(builder, vector, left):
+    """Every byte `left` places to the left, or to the right; the bits that come in are any."""
+    if left == 0:
+        return vector
+    words, shift = builder.bitcast(vector, WORDS), same(WORDS, abs(left))
+    moved = builder.shl(words, shift) if left > 0 else builder.lshr(words, shift)
+    return builder.bitcast(moved, BYTES)
+
+
+def _has_byte_shuffle():
+    """Whether numba compiles for a processor with AVX2 (it can be told not to)."""
+    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return triple.startswith(("x86_64", "amd64")) and "+avx2" in features.split(",")
+
+
+class _Tables:
+    """Upper two bytes of the float of a code, by `tables` in memory: see `_tables`."""
+
+    def __init__(self, builder, bits, address, can_shuffle):
+        self.builder, self.bits, self.can_shuffle = builder, bits, can_shuffle
+        if can_shuffle:
+            halves = [load(builder, ir.VectorType(I8, 16), address, 16 * i) for i in range(4 if bits == 6 else 2)]
+            self.tables = [shuffle(builder, half, half, [*range(16)] * 2) for half in halves]
+        else:
+            self.offset, self.zero = (broadcast(builder, BYTES, address, 64 + i) for i in (0, 1))
+
+    def look_up(self, low, sign, high):
+        """(top byte, next byte) of 32 floats. low: bytes of the first plane; sign, high: bits in bit 7, or None."""
+        find = self._shuffled if self.can_shuffle else self._computed
+        top, rest = find(low, sign, high)
+        if sign is not None:
+            top = self.builder.or_(top, self.builder.and_(sign, same(BYTES, 0x80)))
+        return top, rest
+
+    def _shuffled(self, low, sign, high):
+        kind = ir.FunctionType(BYTES, [BYTES, BYTES])
+        function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.x86.avx2.pshuf.b")
+        found = [self.builder.call(function, [table, low]) for table in self.tables]
+        if high is None:
+            return found
+        upper = self.builder.icmp_signed("<", high, same(BYTES, 0))
+        return [self.builder.select(upper, found[2 + i], found[i]) for i in (0, 1)]
+
+    def _computed(self, low, sign, high):
+        builder = self.builder
+        magnitude = low
+        if sign is None:  # it is the first plane's upper bit
+            width = low_bits(self.bits)
+            magnitude = builder.and_(low, same(BYTES, 2 ** (width - 1) - 1))
+        if high is not None:
+            upper = builder.and_(builder.lshr(high, same(BYTES, 3)), same(BYTES, 16))
+            magnitude = builder.or_(magnitude, upper)
+        exponent = builder.add(magnitude, self.offset)
+        is_zero = builder.icmp_unsigned("==", magnitude, self.zero)
+        exponent = builder.select(is_zero, same(BYTES, 0), exponent)
+        top, rest = builder.lshr(exponent, same(BYTES, 1)), builder.shl(exponent, same(BYTES, 7))
+        if sign is None:
+            bit = builder.and_(builder.shl(low, same(BYTES, 8 - width)), same(BYTES, 0x80))
+            top = builder.or_(top, bit)
+        return top, rest
+
+
+def _groups(builder, bits, codes, tables):
+    """The eight groups of the block at `codes`, one after the other, each four vectors of eight floats."""
+    width = low_bits(bits)
+    low = [load(builder, BYTES, codes, 32 * i) for i in range(width)]
+    planes = [load(builder, BYTES, codes, 32 * i) for i in range(width, bits)]
+    per_byte = 8 // width
+    for group in range(8):
+        index = _shift_bytes(builder, low[group // per_byte], -width * (group % per_byte))
+        index = builder.and_(index, same(BYTES, 2**width - 1))
+        sign, high = [*(_shift_bytes(builder, plane, group) for plane in planes), None, None][:2]
+        top, rest = tables.look_up(index, sign, high)
+        vectors = []
+        for first in (0, 8):
+            order = [byte for half in (0, 16) for i in range(first, first + 8) for byte in (half + i, 32 + half + i)]
+            pairs = builder.bitcast(shuffle(builder, rest, top, order), INTS)
+            vectors += [builder.shl(pairs, same(INTS, 16)), builder.and_(pairs, same(INTS, 0xFFFF0000))]
+        yield [builder.bitcast(vector, FLOATS) for vector in vectors]
+
+
+def _make_dot(bits):
+    @intrinsic
+    def sums(typing, codes, x, y, blocks, tables):
+        """y[:32] = sum of the weights times x, over `blocks` times 8 inputs"""
+
+        def codegen(context, builder, signature, arguments):
+            codes, x, y, blocks, tables = arguments
+            tables = _Tables(builder, bits, tables, _has_byte_shuffle())
+            sums = [cgutils.alloca_once_value(builder, same(FLOATS, 0.0)) for _ in range(4)]
+            with cgutils.for_range(builder, blocks) as loop:
+                block = builder.add(codes, builder.mul(loop.index, ir.Constant(I64, GROUP * bits)))
+                inputs = builder.add(x, builder.mul(loop.index, ir.Constant(I64, 8 * 4)))
+                for group, weights in enumerate(_groups(builder, bits, block, tables)):
+                    value = broadcast(builder, FLOATS, inputs, 4 * group)
+                    for weight, total in zip(weights, sums, strict=True):
+                        builder.store(multiply_add(builder, weight, value, builder.load(total)), total)
+            for i, total in enumerate(sums):
+                store(builder, builder.load(total), y, 32 * i)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), codegen
+
+    return sums
+
+
+def _make_unpack(bits):
+    @intrinsic
+    def floats(typing, codes, y, blocks, stride, tables):
+        """32 floats per group of the codes at y, y + stride, y + 2 * stride and so on"""
+
+        def codegen(context, builder, signature, arguments):
+            codes, y, blocks, stride, tables = arguments
+            tables = _Tables(builder, bits, tables, _has_byte_shuffle())
+            with cgutils.for_range(builder, blocks) as loop:
+                block = builder.add(codes, builder.mul(loop.index, ir.Constant(I64, GROUP * bits)))
+                first = builder.mul(loop.index, ir.Constant(I64, 8))
+                for group, weights in enumerate(_groups(builder, bits, block, tables)):
+                    row = builder.add(y, builder.mul(at(builder, first, group), stride))
+                    for i, weight in enumerate(weights):
+                        store(builder, weight, row, 32 * i)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), codegen
+
+    return floats
+
+
+_dot2, _dot3, _dot4, _dot5, _dot6 = map(_make_dot, range(2, 7))
+_unpack2, _unpack3, _unpack4, _unpack5, _unpack6 = map(_make_unpack, range(2, 7))
+
+
+@njit
+def dot(bits, codes, x, y, blocks, tables):
+    if bits == 2:
+        _dot2(codes, x, y, blocks, tables)
+    elif bits == 3:
+        _dot3(codes, x, y, blocks, tables)
+    elif bits == 4:
+        _dot4(codes, x, y, blocks, tables)
+    elif bits == 5:
+        _dot5(codes, x, y, blocks, tables)
+    else:
+        _dot6(codes, x, y, blocks, tables)
+
+
+@njit
+def unpack(bits, codes, y, blocks, stride, tables):
+    if bits == 2:
+        _unpack2(codes, y, blocks, stride, tables)
+    elif bits == 3:
+        _unpack3(codes, y, blocks, stride, tables)
+    elif bits == 4:
+        _unpack4(codes, y, blocks, stride, tables)
+    elif bits == 5:
+        _unpack5(codes, y, blocks, stride, tables)
+    else:
+        _unpack6(codes, y, blocks, stride, tables)

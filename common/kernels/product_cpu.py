@@ -1,0 +1,161 @@
+"""Products of gathered inputs with panels of 16 outputs: what the CPU's linear layers and convolutions are made of.
+
+Six rows of inputs times two vectors of outputs fill AVX2's 16 vector registers: twelve sums, two weights, an input.
+Inputs are broadcast one by one, so each may come from anywhere: an input's address is that of its row plus an offset of
+its own, which is all that a convolution, or a shift, adds to a linear layer.
+"""
+
+import functools
+
+import torch
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from common.kernels.vectors import (
+    FLOATS,
+    I64,
+    broadcast,
+    clear_floats,
+    copy_floats,
+    fetch_add,
+    load,
+    multiply_add,
+    number,
+    prefetch,
+    shuffle,
+    store,
+)
+
+WIDTH = 16  # outputs of a panel
+ROWS = 6  # at a time
+
+
+@functools.cache
+def equals_library():
+    """Whether PyTorch's own products are no faster than `product`: with longer vectors than AVX2's they are."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def _make_product(rows):
+    @intrinsic
+    def product(typing, weights, terms, count, x, places, start, starts, y, targets, ahead, pace):
+        """y[row, :16] = start[row, :16] + sum over i < count of weights[i, :16] * x[row, i]; floats
+
+        All offsets are int64, in bytes. terms: `count` pairs, of weights[i, :16] to weights and of x[row, i] to
+        x + places[row]. Row `row` of start is at start + starts[row], that of y at y + targets[row]. With each term the
+        cache line at `ahead` is asked for, then `pace` bytes further on.
+        """
+
+        def codegen(context, builder, signature, arguments):
+            weights, terms, count, x, places, start, starts, y, targets, ahead, pace = arguments
+
+            def row_of(base, table, row):
+                return builder.add(base, load(builder, I64, table, 8 * row))
+
+            inputs = [row_of(x, places, row) for row in range(rows)]
+            sums = [[cgutils.alloca_once_value(builder, load(builder, FLOATS, place, 32 * half)) for half in (0, 1)]
+                    for place in (row_of(start, starts, row) for row in range(rows))]  # fmt: skip
+            with cgutils.for_range(builder, count) as loop:
+                term = builder.add(terms, builder.mul(loop.index, number(16)))
+                line = builder.add(weights, load(builder, I64, term))
+                prefetch(builder, builder.add(ahead, builder.mul(loop.index, pace)))
+                halves = [load(builder, FLOATS, line, 32 * half) for half in (0, 1)]
+                offset = load(builder, I64, term, 8)
+                for place, totals in zip(inputs, sums, strict=True):
+                    value = broadcast(builder, FLOATS, builder.add(place, offset))
+                    for weight, total in zip(halves, totals, strict=True):
+                        builder.store(multiply_add(builder, weight, value, builder.load(total)), total)
+            for row, totals in enumerate(sums):
+                for half, total in enumerate(totals):
+                    store(builder, builder.load(total), row_of(y, targets, row), 32 * half)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 11), codegen
+
+    return product
+
+
+_product1, _product2, _product3, _product4, _product5, _product6 = map(_make_product, range(1, ROWS + 1))
+
+
+@njit
+def product(weights, terms, count, x, places, rows, start, starts, y, targets, ahead=0, pace=0):
+    """y[row, :16] = start[row, :16] + gathered inputs times weights, for any number of rows: see `_make_product`.
+
+    With every term of every tile of rows, `pace` more bytes from `ahead` on are asked for, which somebody will read
+    next. Returns where to go on.
+    """
+    tiles = (rows + ROWS - 1) // ROWS
+    first = 0
+    for tile in range(tiles):
+        # As even as can be: a tile of one row takes as long as one of four.
+        size = (rows - first + tiles - tile - 1) // (tiles - tile)
+        at, begin, to = places + 8 * first, starts + 8 * first, targets + 8 * first
+        if size == 6:
+            _product6(weights, terms, count, x, at, start, begin, y, to, ahead, pace)
+        elif size == 5:
+            _product5(weights, terms, count, x, at, start, begin, y, to, ahead, pace)
+        elif size == 4:
+            _product4(weights, terms, count, x, at, start, begin, y, to, ahead, pace)
+        elif size == 3:
+            _product3(weights, terms, count, x, at, start, begin, y, to, ahead, pace)
+        elif size == 2:
+            _product2(weights, terms, count, x, at, start, begin, y, to, ahead, pace)
+        else:
+            _product1(weights, terms, count, x, at, start, begin, y, to, ahead, pace)
+        first += size
+        ahead += pace * count
+    return ahead
+
+
+def _transposed(builder, rows):
+    """Columns of eight vectors of eight, as vectors."""
+    low, high = [0, 8, 1, 9, 4, 12, 5, 13], [2, 10, 3, 11, 6, 14, 7, 15]
+    pairs = [shuffle(builder, rows[i], rows[i + 1], order) for i in (0, 2, 4, 6) for order in (low, high)]
+    low, high = [0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15]
+    quads = [shuffle(builder, pairs[i], pairs[i + 2], order) for i in (0, 1, 4, 5) for order in (low, high)]
+    low, high = [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]
+    return [shuffle(builder, quads[i], quads[i + 4], order) for order in (low, high) for i in range(4)]
+
+
+@intrinsic
+def to_panel(typing, source, stride, count, panel):
+    """panel[i, :16] = source[:16, i] for i < count, a multiple of 8; stride: bytes from row to row of the source"""
+
+    def codegen(context, builder, signature, arguments):
+        source, stride, count, panel = arguments
+        for half in (0, 1):
+            starts = [builder.add(source, builder.mul(stride, number(8 * half + row))) for row in range(8)]
+            with cgutils.for_range(builder, builder.lshr(count, number(3))) as loop:
+                offset = builder.mul(loop.index, number(32))
+                rows = [load(builder, FLOATS, builder.add(place, offset)) for place in starts]
+                target = builder.add(panel, builder.mul(loop.index, number(8 * 64)))
+                for i, column in enumerate(_transposed(builder, rows)):
+                    store(builder, column, target, 64 * i + 32 * half)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
+
+
+@njit
+def _pad(counters, grain, rows, x, y, height, width, top, left, pixel):
+    # One item is a row of y, width + 2 * left pixels of `pixel` bytes, a multiple of 32; an image has height + 2 * top.
+    size, margin = width * pixel, left * pixel
+    while True:
+        first = fetch_add(counters, grain)
+        for item in range(first, min(first + grain, rows)):
+            image, row, target = item // (height + 2 * top), item % (height + 2 * top), y + item * (size + 2 * margin)
+            if top <= row < height + top:
+                clear_floats(target, margin)
+                copy_floats(target + margin, x + (image * height + row - top) * size, size)
+                clear_floats(target + margin + size, margin)
+            else:
+                clear_floats(target, size + 2 * margin)
+        if first + grain >= rows:
+            return
+
+
+def pad_entry(arguments):
+    a = carray(arguments, 12)
+    _pad(a[0], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11])

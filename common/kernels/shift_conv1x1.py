@@ -1,0 +1,120 @@
+"""A shift and the 1x1 convolution that follows it in one pass (ShiftNet, arXiv 1711.08141, Sec. 3.2), for inference.
+
+`shift_conv1x1` is the torch operator effnets::shift_conv1x1: numba on the CPU, CuPy on CUDA devices; elsewhere, and for
+gradients, shift2d and F.conv2d, which are its definition. The fused kernels read each input where its shift puts it, so
+the shifted tensor is never written.
+"""
+
+import functools
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.kernels.eager import is_plain_cpu
+from common.kernels.shift2d import memory_format_of, shift2d
+
+_log = logging.getLogger("effnets")
+
+
+def shift_conv1x1(x, weight, bias=None, stride=1, kernel_size=3, dilation=1):
+    """F.conv2d(shift2d(x, kernel_size, dilation), weight, bias, stride), fused where that is faster.
+
+    x: (N, C, H, W), weight: (out, C, 1, 1), bias: (out,) or None, floating, one dtype and device. Returns
+    (N, out, ceil(H / stride), ceil(W / stride)) in x's dtype and memory format. Differentiable, but then not fused.
+    The sums' order differs from F.conv2d's, and does not depend on the number of threads.
+    Raises TypeError and ValueError for arguments other than these.
+    """
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+        return F.conv2d(shift2d(x, kernel_size, dilation), weight, bias, stride)
+    call = _shift_conv1x1 if is_plain_cpu(x, weight, bias) else _operator
+    return call(x, weight, bias, stride, kernel_size, dilation)
+
+
+def shift_conv1x1_reference(x, weight, bias=None, stride=1, kernel_size=3, dilation=1):
+    """The definition of shift_conv1x1: a shift, then a convolution."""
+    y = F.conv2d(shift2d(x, kernel_size, dilation), weight, bias, stride)
+    return y.contiguous(memory_format=memory_format_of(x))
+
+
+def _check(x, weight, bias, stride, kernel_size, dilation):
+    if x.dim() != 4 or weight.dim() != 4 or weight.shape[1:] != (x.shape[1], 1, 1):
+        shapes = f"{tuple(x.shape)} and {tuple(weight.shape)}"
+        raise ValueError(f"shift_conv1x1: x and weight must have shapes (N, C, H, W) and (out, C, 1, 1), not {shapes}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"shift_conv1x1: bias must have shape {tuple(weight.shape[:1])}, not {tuple(bias.shape)}")
+    given = [x, weight] if bias is None else [x, weight, bias]
+    if not x.is_floating_point() or any(each.dtype != x.dtype or each.device != x.device for each in given):
+        kinds = ", ".join(f"{each.dtype} on {each.device}" for each in given)
+        raise TypeError(f"shift_conv1x1: tensors must be floating, of one dtype, on one device, not {kinds}")
+    for name, value in (("stride", stride), ("kernel_size", kernel_size), ("dilation", dilation)):
+        if not 1 <= value < 2**31:
+            raise ValueError(f"shift_conv1x1: {name} must be at least 1 and below 2**31, not {value}")
+
+
+def _output(x, weight, stride):
+    # Not a view of x's strides: sizes may differ in every dimension.
+    size = x.shape[0], weight.shape[0], -(-x.shape[2] // stride), -(-x.shape[3] // stride)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
+
+
+@functools.cache
+def _cpu_kernel():
+    try:
+        from common.kernels import shift_conv1x1_cpu
+
+        shift_conv1x1_cpu.load()
+    except Exception as error:  # whatever is wrong with an optional library must not stop the run
+        _log.warning("shift_conv1x1: not fused on the CPU: %s: %s", type(error).__name__, error)
+        return None
+    return shift_conv1x1_cpu.shift_conv1x1_cpu
+
+
+@functools.cache
+def _cuda_kernel():
+    try:
+        from common.kernels import shift_conv1x1_cuda
+
+        shift_conv1x1_cuda.load()
+    except Exception as error:
+        _log.warning("shift_conv1x1: not fused on CUDA: %s: %s", type(error).__name__, error)
+        return None
+    return shift_conv1x1_cuda.shift_conv1x1_cuda
+
+
+_KERNELS = {"cpu": _cpu_kernel, "cuda": _cuda_kernel}
+
+
+def _shift_conv1x1(x, weight, bias, stride, kernel_size, dilation):
+    """Any device: its fused kernel if that takes these sizes, or the definition."""
+    _check(x, weight, bias, stride, kernel_size, dilation)
+    find_kernel = _KERNELS.get(x.device.type)
+    kernel = find_kernel() if find_kernel and x.numel() and len(weight) else None
+    if kernel:
+        x, y = x.contiguous(memory_format=memory_format_of(x)), _output(x, weight, stride)
+        if kernel(x, weight, bias, y, stride, kernel_size, dilation):
+            return y
+    return shift_conv1x1_reference(x, weight, bias, stride, kernel_size, dilation)
+
+
+def _shift_conv1x1_fake(x, weight, bias, stride, kernel_size, dilation):
+    _check(x, weight, bias, stride, kernel_size, dilation)
+    return _output(x, weight, stride)
+
+
+def _shift_conv1x1_autograd(x, weight, bias, *sizes):
+    wanted = any(each is not None and each.requires_grad for each in (x, weight, bias))
+    if torch.autograd.forward_ad._current_level >= 0 or (wanted and torch.is_grad_enabled()):
+        return shift_conv1x1_reference(x, weight, bias, *sizes)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _operator(x, weight, bias, *sizes)
+
+
+_library = torch.library.Library("effnets", "FRAGMENT")
+_sizes = "int stride, int kernel_size, int dilation"
+_library.define(f"shift_conv1x1(Tensor x, Tensor weight, Tensor? bias, {_sizes}) -> Tensor")
+_library.impl("shift_conv1x1", _shift_conv1x1, "CompositeExplicitAutograd")
+_library.impl("shift_conv1x1", _shift_conv1x1_autograd, "Autograd")
+torch.library.register_fake("effnets::shift_conv1x1", _shift_conv1x1_fake, lib=_library)
+_operator = torch.ops.effnets.shift_conv1x1.default
