@@ -1,11 +1,12 @@
 """Packed power-of-two layers against the library's layers with ordinary weights.
 
-    python benchmarks/bench_bitshift.py [--bits 4 5] [--batches 1 8 64] [--layers vgg square conv network]
+    python benchmarks/bench_bitshift.py [--bits 4 5 3] [--batches 1 8 64] [--layers vgg square conv network]
 
 Linear layers 4096 x 4096 (square) and 25088 -> 4096 (vgg: the largest of VGG16) against F.linear in fp32 and bf16, with
 weights rotated past the cache; ResNet18's convolutions at 224 x 224, batch 1, against F.conv2d; and the whole network.
-Targets on the CPU, two cores: vgg, batch 1, 4 bits at least 4x fp32 and 1.8x bf16; batch 64 at least 1x fp32, although
-F.linear is spared the unpacking here; the network at least 0.95x. Ratios above 1 mean that the packed layer is faster.
+Targets on the CPU, two cores, 4 bits, batch 1: vgg at least 6x fp32 and 3x bf16, square 4x fp32, two threads 1.7x one;
+batch 8 at least 2x fp32, batch 64 at least 1x, although F.linear is spared the unpacking here; the network at least
+0.95x. Ratios above 1 mean that the packed layer is faster. 3 bits are S3's weights, the others DeepShift's.
 Some processors emulate bf16: then its ratio says nothing about packing.
 """
 
@@ -42,7 +43,7 @@ RESNET18_MACS = 1_814_073_344
 
 def build_parser():
     options = timing.parser(__doc__)
-    options.add_argument("--bits", type=int, nargs="+", choices=range(2, 7), default=[4, 5])
+    options.add_argument("--bits", type=int, nargs="+", choices=range(2, 7), default=[4, 5, 3])
     options.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64], help="of the linear layers")
     kinds = [*LINEAR, "conv", "network"]
     options.add_argument("--layers", nargs="+", choices=kinds, default=["vgg", "square", "conv", "network"])
@@ -50,9 +51,14 @@ def build_parser():
     return options
 
 
+def scheme(bits):
+    return "S3" if bits == 3 else "PS"
+
+
 def random_weights(shape, bits, device):
-    """Rounded weights of DeepShift-PS, every exponent and zero as likely."""
-    exponent = torch.randint(2 - 2 ** (bits - 1), 1, shape, device=device)
+    """Rounded weights of DeepShift-PS, with 3 bits of S3, every exponent and zero as likely."""
+    levels = 2 ** (bits - 1) - 1
+    exponent = torch.randint(levels, shape, device=device) - (0 if scheme(bits) == "S3" else levels - 1)
     return torch.randint(-1, 2, shape, device=device) * torch.exp2(exponent.float())
 
 
@@ -63,7 +69,7 @@ def copies(args, size, make):
 
 
 def packed_copies(args, weight, bits):
-    packed = pack_shift_weights(weight, bits, "PS")
+    packed = pack_shift_weights(weight, bits, scheme(bits))
     return copies(args, packed.nbytes, lambda: dataclasses.replace(packed, codes=packed.codes.clone()))
 
 
@@ -93,6 +99,27 @@ def compare_linear(args, name, bits):
         for other in list(candidates)[1:]:
             comparison.ratio(f"{other} / bitshift_linear: time ratio", other, "bitshift_linear")
         yield comparison
+    if args.device.type == "cpu" and torch.get_num_threads() > 1:
+        yield compare_threads(args, f"{inputs} -> {outputs}, {bits} bits", inputs, packed)
+
+
+def compare_threads(args, title, inputs, packed):
+    """Batch 1 on one thread and on all."""
+    x, threads = torch.randn(1, inputs), torch.get_num_threads()
+
+    def run_on(count):
+        def run(number):
+            torch.set_num_threads(count)
+            bitshift_linear(x, packed[number % len(packed)])
+
+        return run
+
+    candidates = {"bitshift_linear": run_on(threads), "bitshift_linear, one thread": run_on(1)}
+    with torch.no_grad():
+        comparison = timing.Comparison(args, f"{title}, batch 1, {threads} threads", candidates, packed[0].nbytes)
+    torch.set_num_threads(threads)
+    comparison.ratio(f"one thread / {threads} threads: time ratio", "bitshift_linear, one thread", "bitshift_linear")
+    return comparison
 
 
 def convolution_runs(x, packed, fp32, geometry):
@@ -140,7 +167,7 @@ class PackedConvolution(torch.nn.Module):
     def __init__(self, conv, bits):
         super().__init__()
         weight = random_weights(conv.weight.shape, bits, conv.weight.device)
-        self.packed, self.geometry = pack_shift_weights(weight, bits, "PS"), (conv.stride, conv.padding)
+        self.packed, self.geometry = pack_shift_weights(weight, bits, scheme(bits)), (conv.stride, conv.padding)
         conv.weight.data.copy_(weight)
 
     def forward(self, x):

@@ -129,7 +129,7 @@ def machine_rates(args):
 class Comparison:
     """Times candidates against each other and prints a table row for each.
 
-    candidates: name -> function of the repetition's number, which chooses among rotated buffers. moved_bytes: what one
+    candidates: name -> function of the call's number, which chooses among rotated buffers. moved_bytes: what one
     run has to read and write at least; gives the GB/s. operations: additions and multiplications that it has to do.
     Both over the machine's rates give the floor, in seconds. times: name -> seconds of each run.
     """
@@ -157,9 +157,13 @@ class Comparison:
     def ratio(self, text, numerator, denominator):
         """Print `text N.NNx`, the ratio of two candidates' median times, and return it."""
         value = self.quartiles(numerator)[1] / self.quartiles(denominator)[1]
-        print(f"  {self.title} {text} {value:.2f}x")
-        self.ratios.append((text, value))
+        self.record(f"{self.title} {text}", value, text)
         return value
+
+    def record(self, line, value, text=None):
+        """Print `line N.NNx` and keep the ratio, under `text` if given: for what is computed elsewhere."""
+        print(f"  {line} {value:.2f}x")
+        self.ratios.append((text or line, value))
 
 
 def _seconds_per_run(function, warmup, seconds, clock):
@@ -172,16 +176,20 @@ def _seconds_per_run(function, warmup, seconds, clock):
 
 
 def _schedule(candidates, args, clock):
-    """Warm up, then yield (repetition, name, function), alternating. A slow candidate sits out to keep its time."""
+    """Warm up, then yield (number of the call, name, function), alternating. A slow candidate sits out to keep its time.
+
+    Every call has a number of its own, so that no candidate finds in the cache what the one before it has read.
+    """
     every = {}
     for name, function in candidates.items():
         seconds = _seconds_per_run(function, args.warmup, args.max_seconds, clock)
         runs = min(args.repeats, max(LEAST_RUNS, int(args.max_seconds / max(1e-9, seconds))))
         every[name] = -(-args.repeats // runs)
+    number = itertools.count()
     for run in range(args.repeats):
         for name, function in candidates.items():
             if run % every[name] == 0:
-                yield run, name, function
+                yield next(number), name, function
 
 
 def _time_on_cpu(candidates, args):

@@ -29,7 +29,7 @@ from common.kernels.bitshift_reference import (
     linear_reference,
     wide,
 )
-from common.kernels.eager import is_plain_cpu
+from common.kernels.eager import is_plain_cpu, reason
 from common.kernels.shift2d import memory_format_of
 
 __all__ = ["PackedShiftWeights", "bitshift_conv2d", "bitshift_linear", "overflow_count", "pack_shift_weights"]
@@ -133,7 +133,8 @@ def _fraction(arithmetic, activation_bits, name):
     if arithmetic == "float":
         return FLOAT
     if arithmetic != "fixed":
-        raise ValueError(f'{name}: arithmetic must be "float" or "fixed", not {arithmetic!r}')
+        more = ' or "int8"' if name == "bitshift_linear" else ""
+        raise ValueError(f'{name}: arithmetic must be "float" or "fixed"{more}, not {arithmetic!r}')
     try:
         integer, fraction = map(int, activation_bits)
     except (TypeError, ValueError):
@@ -225,7 +226,7 @@ def _cpu_kernels():
 
         bitshift_cpu.load()
     except Exception as error:  # whatever is wrong with an optional library must not stop the run
-        _log.warning("bitshift: plain PyTorch on the CPU, which is slower: numba: %s: %s", type(error).__name__, error)
+        _log.warning("bitshift: plain PyTorch on the CPU, which is slower: numba: %s", reason(error))
         return None
     return bitshift_cpu
 
@@ -237,7 +238,7 @@ def _cuda_kernels():
 
         bitshift_cuda.load()
     except Exception as error:
-        _log.warning("bitshift: plain PyTorch on CUDA, which is slower: CuPy: %s: %s", type(error).__name__, error)
+        _log.warning("bitshift: plain PyTorch on CUDA, which is slower: CuPy: %s", reason(error))
         return None
     return bitshift_cuda
 

@@ -16,7 +16,7 @@ THREADS = 256
 MAX_GRID = 65535
 MOST_ROWS = 64  # of x; beyond, unpacking for the library's product is estimated (not measured) to be faster
 CAPABILITY = (8, 0)
-COUNTERS = 2**16  # per device; 256 KiB
+COUNTERS, OF_STREAM = 2**18, 1024  # per device, 1 MiB, and at least per stream
 ALIGNMENT = 16  # bytes of the widest access
 
 
@@ -42,12 +42,17 @@ def constants(dtype, weights):
 
     A magnitude m becomes the exponent field m (+ offset), that is 2**(m + offset - bias); scale makes it 2**(base + m).
     """
+    return _constants(dtype, weights.bits, weights.base, bool(weights.zero))
+
+
+@functools.lru_cache(maxsize=256)
+def _constants(dtype, bits, base, zero):
     form = FORMATS.get(dtype)
-    if form is None or weights.bits > form.most_bits:
+    if form is None or bits > form.most_bits:
         return None
-    offset = 0 if weights.zero else form.offset
-    scale = weights.base - offset + 2 * form.bias  # exponent field of the power of two
-    lowest, highest = weights.base + weights.zero, weights.base + 2 ** (weights.bits - 1) - 1
+    offset = 0 if zero else form.offset
+    scale = base - offset + 2 * form.bias  # exponent field of the power of two
+    lowest, highest = base + zero, base + 2 ** (bits - 1) - 1
     if lowest < form.lowest or highest > form.bias or not 1 <= scale <= 2 * form.bias:
         return None
     return tuple(np.uint32((field << form.mantissa) * 0x10001) for field in (offset, scale))
@@ -64,6 +69,7 @@ class Plan(NamedTuple):
     partials: int
 
 
+@functools.lru_cache(maxsize=256)
 def plan_linear(rows, blocks, outputs, bits, dtype, processors):
     """For x (rows, 8 * blocks), none of them 0, and a GPU of so many multiprocessors."""
     tiles, words = (1, 4) if rows <= 8 else (4, 2)  # 8 * tiles rows of x, 32 * words outputs per thread block
@@ -100,27 +106,29 @@ def _processors(device):
 class _Counters:
     """Zeros that the kernels leave as zeros. What may run at the same time must not share them: each stream has its
     own, and so has each layer in a CUDA graph, from a pool that the first call outside of graphs fills, until it is
-    used up: then, or where there was no such call, the graph clears some at every replay."""
+    used up: then, or where there was no such call, they are cleared at every call or replay."""
 
     def __init__(self):
         self.lock, self.of_stream, self.pools = threading.Lock(), {}, {}
 
     def take(self, count, device):
         with torch.cuda.device(device), self.lock:
-            if torch.cuda.is_current_stream_capturing():
-                return self._of_graph(count, device)
-            if device not in self.pools:
-                self.pools[device] = self._zeros(COUNTERS, device)
-            stream = device, torch.cuda.current_stream().cuda_stream
-            if stream not in self.of_stream or self.of_stream[stream].numel() < count:
-                self.of_stream[stream] = self._zeros(max(count, 1024), device)
-            return self.of_stream[stream]
+            stream, captures = torch.cuda.current_stream(), torch.cuda.is_current_stream_capturing()
+            if device not in self.pools and not captures:
+                self.pools[device] = self._zeros(COUNTERS, device), stream.record_event()
+            if captures:
+                return self._next(count, device)
+            kept = self.of_stream.get((device, stream.cuda_stream))
+            if kept is None or kept.numel() < count:
+                stream.wait_event(self.pools[device][1])
+                kept = self.of_stream[device, stream.cuda_stream] = self._next(max(count, OF_STREAM), device)
+            return kept
 
-    def _of_graph(self, count, device):
-        pool = self.pools.get(device)
+    def _next(self, count, device):
+        pool, filled = self.pools.get(device, (None, None))
         if pool is None or pool.numel() < count:
             return self._zeros(count, device)
-        self.pools[device] = pool[count:]
+        self.pools[device] = pool[count:], filled
         return pool[:count]
 
     @staticmethod

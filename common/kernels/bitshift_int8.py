@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common.kernels.bitshift_pack import code_bytes
 from common.kernels.bitshift_reference import Weights, linear_int8_reference, wide
+from common.kernels.eager import reason
 
 MOST_LEVELS = 7  # magnitudes 1 to 64
 MOST_TERMS = 2**17  # of a sum: 128 * 64 * MOST_TERMS is 2**30
@@ -41,8 +42,7 @@ def linear_int8(x, weights, bias, activation_bits):
 
 def to_int8(x, fraction):
     """int8 integers of x * 2**fraction, truncated toward zero, cut off at -128 and 127; NaN becomes 0."""
-    scaled = x.to(wide(x.dtype)) * 2.0**fraction
-    return scaled.trunc().nan_to_num(0.0, 127, -128).clamp(-128, 127).to(torch.int8)
+    return (x * 2.0**fraction).clamp(-128, 127).nan_to_num(0.0).to(torch.int8)  # scaled exactly, or out of range
 
 
 def _fraction(activation_bits):
@@ -93,7 +93,7 @@ def _cuda_kernels():
 
         bitshift_int8_cuda.load()
     except Exception as error:  # whatever is wrong with an optional library must not stop the run
-        _log.warning("bitshift: plain PyTorch for int8 on CUDA: CuPy: %s: %s", type(error).__name__, error)
+        _log.warning("bitshift: plain PyTorch for int8 on CUDA: CuPy: %s", reason(error))
         return None
     return bitshift_int8_cuda
 

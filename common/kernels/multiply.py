@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from common.kernels.bitshift_pack import output_size
+from common.kernels.eager import reason
 
 _log = logging.getLogger("effnets")
 
@@ -64,7 +65,7 @@ def _kernels(device_type):
         kernels = importlib.import_module(f"common.kernels.{module}")
         kernels.load()
     except Exception as error:  # whatever is wrong with an optional library must not stop the run
-        _log.warning("multiply: PyTorch's own layers on %s: %s: %s", device_type, type(error).__name__, error)
+        _log.warning("multiply: PyTorch's own layers on %s: %s", device_type, reason(error))
         return None
     return kernels
 

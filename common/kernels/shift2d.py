@@ -10,6 +10,8 @@ import logging
 import torch
 from torch import Tensor
 
+from common.kernels.eager import reason
+
 _log = logging.getLogger("effnets")
 
 
@@ -72,7 +74,7 @@ def _cpu_kernel():
 
         shift2d_cpu.load()
     except Exception as error:  # whatever is wrong with an optional library must not stop the run
-        _log.warning("shift2d: plain PyTorch on the CPU, which is slower: numba: %s: %s", type(error).__name__, error)
+        _log.warning("shift2d: plain PyTorch on the CPU, which is slower: numba: %s", reason(error))
         return None
     return shift2d_cpu.shift2d_cpu
 
@@ -84,7 +86,7 @@ def _cuda_kernel():
 
         shift2d_cuda.load()
     except Exception as error:
-        _log.warning("shift2d: plain PyTorch on CUDA, which is slower: CuPy: %s: %s", type(error).__name__, error)
+        _log.warning("shift2d: plain PyTorch on CUDA, which is slower: CuPy: %s", reason(error))
         return None
     return shift2d_cuda.shift2d_cuda
 

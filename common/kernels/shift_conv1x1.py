@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.kernels.eager import is_plain_cpu
+from common.kernels.eager import is_plain_cpu, reason
 from common.kernels.shift2d import memory_format_of, shift2d
 
 _log = logging.getLogger("effnets")
@@ -66,7 +66,7 @@ def _cpu_kernel():
 
         shift_conv1x1_cpu.load()
     except Exception as error:  # whatever is wrong with an optional library must not stop the run
-        _log.warning("shift_conv1x1: not fused on the CPU: %s: %s", type(error).__name__, error)
+        _log.warning("shift_conv1x1: not fused on the CPU: %s", reason(error))
         return None
     return shift_conv1x1_cpu.shift_conv1x1_cpu
 
@@ -78,7 +78,7 @@ def _cuda_kernel():
 
         shift_conv1x1_cuda.load()
     except Exception as error:
-        _log.warning("shift_conv1x1: not fused on CUDA: %s: %s", type(error).__name__, error)
+        _log.warning("shift_conv1x1: not fused on CUDA: %s", reason(error))
         return None
     return shift_conv1x1_cuda.shift_conv1x1_cuda
 
@@ -90,7 +90,7 @@ def _shift_conv1x1(x, weight, bias, stride, kernel_size, dilation):
     """Any device: its fused kernel if that takes these sizes, or the definition."""
     _check(x, weight, bias, stride, kernel_size, dilation)
     find_kernel = _KERNELS.get(x.device.type)
-    kernel = find_kernel() if find_kernel and x.numel() and len(weight) else None
+    kernel = find_kernel() if find_kernel and x.numel() and weight.shape[0] else None
     if kernel:
         x, y = x.contiguous(memory_format=memory_format_of(x)), _output(x, weight, stride)
         if kernel(x, weight, bias, y, stride, kernel_size, dilation):

@@ -13,29 +13,36 @@ import torch
 from numba import carray, config, njit
 
 from common.kernels import threads
-from common.kernels.product_cpu import ROWS, WIDTH, equals_library, product
+from common.kernels.product_cpu import ROWS, WIDTH, equals_library, product, to_panel
 from common.kernels.vectors import fetch_add, word
 
 BAND_BYTES = 128 * 1024  # of x: they are read once per 16 outputs, from the L2 cache
-IN_A_ROW = 8  # bands that one thread takes: only within these it asks for the next one ahead
+IN_A_ROW = 4  # bands, at most, that one thread takes at a time
 MOST_REACH = 8  # pixels from the middle of the kernel to its edge
 
 
 @njit
-def _shift_product(counters, grain, items, x, y, weights, bias, zeros, plan, bands, x_size, y_size, panels, panel_size):
-    # One item is a band of one image of y. plan: see `_plan`.
+def _shift_product(
+    counters, scratch, grain, items, x, y, weights, bias, zeros, plan, bands, x_size, y_size, panels, channels, jump
+):
+    # One item is a band of one image of y. plan: see `_plan`. jump: items that the other threads take meanwhile.
+    for panel in range(panels):
+        to_panel(weights + panel * 64 * channels, channels * 4, channels, scratch + panel * 64 * channels)
     while True:
         first = fetch_add(counters, grain)
         last = min(first + grain, items)
         for item in range(first, last):
             image, target, band = x + item // bands * x_size, y + item // bands * y_size, plan + item % bands * 32
-            # The next band comes from memory while this one is computed: scattered as the product reads its inputs, the
-            # processor does not foresee them.
-            ahead, pace = image + word(band), word(band + 8) if item + 1 < last else 0
+            # What probably comes next is brought from memory while this is computed: scattered as the product reads its
+            # inputs, the processor does not foresee them.
+            after = item + 1 if item + 1 < last else item + 1 + jump
+            ahead, pace = x + after // bands * x_size + word(plan + after % bands * 32), word(band + 8)
+            if after >= items:
+                ahead, pace = image, 0
             for panel in range(panels):
                 for c in range(word(band + 16), word(band + 24), 40):
                     ahead = product(
-                        weights + panel * panel_size, word(c), word(c + 8), image, word(c + 16), word(c + 24),
+                        scratch + panel * 64 * channels, word(c), word(c + 8), image, word(c + 16), word(c + 24),
                         bias + panel * 64, zeros, target + panel * 64, word(c + 32), ahead, pace,
                     )  # fmt: skip
         if last >= items:
@@ -43,8 +50,11 @@ def _shift_product(counters, grain, items, x, y, weights, bias, zeros, plan, ban
 
 
 def _entry(arguments):
-    a = carray(arguments, 16)
-    _shift_product(a[0], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13], a[14], a[15])
+    a = carray(arguments, 17)
+    scratch = a[1] + a[2] * fetch_add(a[0] + 8, 1)
+    _shift_product(
+        a[0], scratch, a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13], a[14], a[15], a[16]
+    )
 
 
 @functools.cache
@@ -94,8 +104,8 @@ def _records(shape, outputs, stride, moves, bands, address):
 def _plan(shape, outputs, stride, kernel_size, dilation):
     """(plan, bands, zeros, arrays to keep) for x of shape (channels, height, width), int64, in bytes.
 
-    plan: per band of rows of y the end of what it reads of x, the pace at which to ask for as much behind that, and
-    where its `_records` begin and end.
+    plan: per band of rows of y the beginning of what it reads of x, the pace at which to ask for as much, and where its
+    `_records` begin and end.
     """
     channels, height, width = shape
     row, y_height, arrays = width * channels * 4, -(-height // stride), []
@@ -110,10 +120,10 @@ def _plan(shape, outputs, stride, kernel_size, dilation):
     by_band = _records(shape, outputs, stride, _moves(channels, kernel_size, dilation), bands, address)
     at = address([record for records in by_band for record in records])
     heads = []
-    for (_, end), records in zip(bands, by_band, strict=True):
+    for (start, _), records in zip(bands, by_band, strict=True):
         steps = sum(-(-record[3] // ROWS) * record[1] for record in records) * (outputs // WIDTH)
-        reach = min(height, end * stride + kernel_size // 2 * dilation) * row
-        heads.append((reach, -(-height * row // (count * max(1, steps))), at, at := at + 40 * len(records)))
+        begin = max(0, start * stride - kernel_size // 2 * dilation) * row
+        heads.append((begin, -(-height * row // (count * max(1, steps))), at, at := at + 40 * len(records)))
     return address(heads), count, address(np.zeros(y_height * -(-width // stride))), arrays
 
 
@@ -121,21 +131,27 @@ def shift_conv1x1_cpu(x, weight, bias, y, stride, kernel_size, dilation):
     """Write the 1x1 convolution of the shifted x into y, both channels-last or both contiguous.
 
     Returns False, and does nothing, where plain operations are as fast or this kernel cannot do it: other dtypes than
-    float32, contiguous tensors, outputs not a multiple of 16, longer vectors than AVX2's.
+    float32, contiguous tensors, channels not a multiple of 8, outputs not of 16, longer vectors than AVX2's.
     """
     outputs, channels = weight.shape[:2]
     is_last = x.is_contiguous(memory_format=torch.channels_last) and y.is_contiguous(memory_format=torch.channels_last)
-    fits = x.dtype == torch.float32 and is_last and outputs % WIDTH == 0 and kernel_size // 2 * dilation <= MOST_REACH
+    fits = (
+        x.dtype == torch.float32
+        and is_last
+        and channels % 8 == 0
+        and outputs % WIDTH == 0
+        and kernel_size // 2 * dilation <= MOST_REACH
+    )
     if not fits or not equals_library():
         return False
     threads.advise_large_pages(y)
     plan, bands, zeros, _ = _plan(tuple(x.shape[1:]), outputs, stride, kernel_size, dilation)
-    panels = weight.view(outputs // WIDTH, WIDTH, channels).transpose(1, 2).contiguous()
+    weight = weight.contiguous()
     bias = torch.zeros(outputs) if bias is None else bias.contiguous()
-    addresses = x.data_ptr(), y.data_ptr(), panels.data_ptr(), bias.data_ptr(), zeros, plan
+    addresses = x.data_ptr(), y.data_ptr(), weight.data_ptr(), bias.data_ptr(), zeros, plan
     x_size, y_size = (4 * math.prod(each.shape[1:]) for each in (x, y))
-    arguments = *addresses, bands, x_size, y_size, outputs // WIDTH, channels * WIDTH * 4
-    items = x.shape[0] * bands
-    grain = max(1, min(IN_A_ROW, items // (4 * torch.get_num_threads())))
-    threads.run(load(), arguments, items, y_size // 4 * channels // 4 // bands, grain=grain)
+    items, count = x.shape[0] * bands, torch.get_num_threads()
+    grain = max(1, min(IN_A_ROW, items // (16 * count)))
+    arguments = *addresses, bands, x_size, y_size, outputs // WIDTH, channels, grain * (count - 1)
+    threads.run(load(), arguments, items, y_size // 4 * channels // 4 // bands, outputs * channels * 4, grain=grain)
     return True

@@ -24,8 +24,8 @@ module = importlib.import_module("common.kernels.bitshift")
 
 @pytest.fixture
 def numba():
-    if module._cpu_kernels() is None:
-        pytest.skip("numba is not installed")
+    pytest.importorskip("numba")
+    assert module._cpu_kernels(), "numba is there, but the kernels do not load"
 
 
 @pytest.fixture(params=["openmp", "pool"])

@@ -23,8 +23,8 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 @pytest.fixture
 def numba():
-    if module._cpu_kernel() is None:
-        pytest.skip("numba is not installed")
+    pytest.importorskip("numba")
+    assert module._cpu_kernel(), "numba is there, but the kernels do not load"
 
 
 @pytest.fixture(params=["openmp", "pool"])
