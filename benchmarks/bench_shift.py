@@ -69,32 +69,39 @@ def compare_layout(args, dtype_name, layout_name):
 
     assert torch.equal(shift2d(inputs[0]), convolve(inputs[0])), "shift2d and the convolution disagree"
     title = f"{dtype_name} {layout_name}"
-    forward = {
+    copies = {
         "shift2d": lambda run: shift2d(inputs[run % len(inputs)]),
         "clone": lambda run: inputs[run % len(inputs)].clone(),
         "copy_ into a ready tensor": lambda run: target.copy_(inputs[run % len(inputs)]),
     }
-    if not args.copy_only:
-        forward["depthwise conv"] = lambda run: convolve(inputs[run % len(inputs)])
     with torch.no_grad():
-        copies = timing.Comparison(args, f"{title} forward", forward, moved)
-    copies.ratio("shift2d / clone: time ratio", "shift2d", "clone")
-    copies.ratio("shift2d / copy_ into a ready tensor: time ratio", "shift2d", "copy_ into a ready tensor")
-    if args.copy_only:
-        return [copies]
-    copies.ratio("depthwise conv / shift2d: time ratio", "depthwise conv", "shift2d")
-    return [copies, *compare_gradients(args, title, convolve, inputs, moved)]
+        comparison = timing.Comparison(args, f"{title} forward", copies, moved)
+    comparison.ratio("shift2d / clone: time ratio", "shift2d", "clone")
+    comparison.ratio("shift2d / copy_ into a ready tensor: time ratio", "shift2d", "copy_ into a ready tensor")
+    return [comparison, *([] if args.copy_only else compare_convolutions(args, title, convolve, inputs, moved))]
 
 
-def compare_gradients(args, title, convolve, inputs, moved):
+def forward(operation, inputs, _):
+    def run(number):
+        with torch.no_grad():
+            operation(inputs[number % len(inputs)])
+
+    return run
+
+
+PASSES = {"forward": (forward, 1), "backward": (input_gradient, 1), "forward+backward": (forward_backward, 2)}
+
+
+def compare_convolutions(args, title, convolve, inputs, moved):
+    """Each pass against the depthwise convolution's, apart from the copies: a slow candidate disturbs the next one."""
     comparisons = []
     gradients = inputs[::-1]
-    for name, make_run, factor in (("backward", input_gradient, 1), ("forward+backward", forward_backward, 2)):
+    for name, (make_run, factor) in PASSES.items():
         candidates = {
             "shift2d": make_run(shift2d, inputs, gradients),
             "depthwise conv": make_run(convolve, inputs, gradients),
         }
-        comparison = timing.Comparison(args, f"{title} {name}", candidates, factor * moved)
+        comparison = timing.Comparison(args, f"{title} {name}, convolution", candidates, factor * moved)
         comparison.ratio("depthwise conv / shift2d: time ratio", "depthwise conv", "shift2d")
         comparisons.append(comparison)
     return comparisons

@@ -1,7 +1,7 @@
 """Run every benchmark that this machine can, then plot the kernels against their floors.
 
     python benchmarks/run.py                  # on the CPU, about 15 minutes on two quiet cores
-    python benchmarks/run.py --device cuda    # on a GPU
+    python benchmarks/run.py --device cuda    # on a GPU, its own benchmarks of the kernels
     python benchmarks/run.py --only bench_bitshift
     python benchmarks/run.py --plot           # plot and table again from benchmarks/results/, measure nothing
 
@@ -20,17 +20,23 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 README = HERE.parent / "common" / "kernels" / "README.md"
-KERNELS = ("bench_shift", "bench_bitshift")  # those with floors
-ON_ANY_DEVICE = (*KERNELS, "bench_deepshift_training", "bench_s3_training")
-CPU_ONLY = ("bench_loader",)
-ALL = (*ON_ANY_DEVICE, *CPU_ONLY)
-OURS = re.compile(r"shift2d|bitshift|packed")  # rows of our kernels, not of what they are compared with
+KERNELS = ("bench_shift", "bench_shift_conv1x1", "bench_bitshift")  # results with floors
+TRAINING = ("bench_deepshift_training", "bench_s3_training")
+ON_CPU = (*KERNELS, *TRAINING, "bench_loader")
+ON_GPU = ("bench_shift_cuda", "bench_bitshift_cuda", *TRAINING)
+ALL = tuple(dict.fromkeys((*ON_CPU, *ON_GPU)))
+# A GPU waits for the host in the first steps, and for the clock in single ones.
+TRAINING_ON_GPU = ("--arch", "resnet18", "--batch-size", "128", "--warmup", "10", "--steps", "20")
+OURS = re.compile(r"shift2d|shift_conv1x1|bitshift|packed")  # rows of our kernels, not of what they are compared with
 
 
 def commands(names: list[str], device: str) -> list[list[str]]:
     """The command of each benchmark."""
-    return [[sys.executable, str(HERE / f"{name}.py"), *([] if name in CPU_ONLY else ["--device", device])]
-            for name in names]  # fmt: skip
+    options = {name: ["--device", device] for name in ALL if name != "bench_loader"}
+    if device.startswith("cuda"):
+        for name in TRAINING:
+            options[name] += [*TRAINING_ON_GPU, "--csv", f"benchmarks/results/{name}_cuda.csv"]
+    return [[sys.executable, str(HERE / f"{name}.py"), *options.get(name, [])] for name in names]
 
 
 def read_bars(path: Path) -> list[tuple[str, float]]:
@@ -91,14 +97,15 @@ def plot(paths: list[Path], target: Path) -> bool:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=ALL, default=None, help="these benchmarks (default: all)")
+    help_only = "these benchmarks (default: the device's)"
+    parser.add_argument("--only", nargs="+", choices=ALL, default=None, metavar="NAME", help=help_only)
     parser.add_argument("--plot", action="store_true", help="plot again, measure nothing")
     return parser
 
 
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
-    names = args.only or (ON_ANY_DEVICE if args.device.startswith("cuda") else ALL)
+    names = args.only or (ON_GPU if args.device.startswith("cuda") else ON_CPU)
     failed = []
     for command in () if args.plot else commands(list(names), args.device):
         print(f"\n$ python benchmarks/{Path(command[1]).name} {' '.join(command[2:])}", flush=True)

@@ -73,13 +73,13 @@ def cache_bytes(device):
 
 
 def rotated(args, make):
-    """Buffers from make(), called often enough that the set exceeds the last-level cache (GPU: four times).
+    """Buffers from make(), called often enough that the set exceeds the last-level cache twice (GPU: four times).
 
     Returns a list of the tensors; a single one with --no-rotate.
     """
     first = make()
     size = first.numel() * first.element_size()
-    room = (4 if args.device.type == "cuda" else 1) * cache_bytes(args.device)
+    room = (4 if args.device.type == "cuda" else 2) * cache_bytes(args.device)
     return [first] if args.no_rotate else [first, *(make() for _ in range(min(64, room // max(1, size))))]
 
 
@@ -176,7 +176,7 @@ def _seconds_per_run(function, warmup, seconds, clock):
 
 
 def _schedule(candidates, args, clock):
-    """Warm up, then yield (number of the call, name, function), alternating. A slow candidate sits out to keep its time.
+    """Warm up, then yield (number of the call, name, function), alternating. A slow one sits out to keep its time.
 
     Every call has a number of its own, so that no candidate finds in the cache what the one before it has read.
     """

@@ -92,11 +92,13 @@ def _signs(sign):
 
 
 class _S3Weight(torch.autograd.Function):
-    """One pass over the latents per direction where numba is there; nothing is kept but the latents themselves."""
+    """One pass over the latents per direction, on the CPU where numba is there; nothing is kept but the latents."""
 
     @staticmethod
     def forward(ctx, sign, val, *shifts):
         ctx.save_for_backward(sign, val, *shifts)
+        if len(shifts) == 2 and (found := _on_cuda("s3_weight", sign, val, *shifts)) is not None:
+            return found
         kernels = _kernels_for(sign, val, *shifts)
         if kernels is not None:
             return _run(kernels[0], (sign, val, *shifts), 1)[0]
@@ -106,6 +108,8 @@ class _S3Weight(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         sign, val, *shifts = ctx.saved_tensors
+        if len(shifts) == 2 and (found := _on_cuda("s3_gradients", grad, sign, val, *shifts)) is not None:
+            return found
         kernels = _kernels_for(sign, val, *shifts)
         if kernels is not None and grad.dtype == torch.float32:
             return _run(kernels[1], (_laid_out_like(grad, sign), sign, val, *shifts), 4)
@@ -208,3 +212,61 @@ def _compiled():
         return tuple(numba.njit(cache=True, nogil=True)(each) for each in (_forward_pass, _backward_pass))
     except RuntimeError:  # no folder that numba may write its cache to
         return tuple(numba.njit(nogil=True)(each) for each in (_forward_pass, _backward_pass))
+
+
+# Three bits, per element: (source, inputs, outputs).
+CUDA_KERNELS = {
+    "s3_weight": (
+        """
+template <typename T> void s3_weight(T sign, T val, T shift, T shift2, T& weight) {
+  T power = shift > T(0) ? shift2 > T(0) ? T(4) : T(2) : T(1);
+  T size = val > T(0) ? power : T(0);
+  weight = sign >= T(0) ? size : -size;
+}
+""",
+        4,
+        1,
+    ),
+    "s3_gradients": (
+        """
+template <typename T> void s3_gradients(
+    T grad, T sign, T val, T shift, T shift2, T& grad_sign, T& grad_val, T& grad_shift, T& grad_shift2) {
+  T power = shift > T(0) ? shift2 > T(0) ? T(4) : T(2) : T(1);
+  T scaled = grad * power;
+  grad_sign = val > T(0) ? scaled : T(0);
+  grad_val = sign >= T(0) ? scaled : -scaled;
+  T base = val > T(0) ? grad_val * T(0.6931471805599453) : T(0);
+  grad_shift = shift2 > T(0) ? base * T(2) : base;
+  grad_shift2 = shift > T(0) ? base : T(0);
+}
+""",
+        5,
+        4,
+    ),
+}
+
+
+@functools.cache
+def _cuda_kernel(name):
+    from torch.cuda import jiterator
+
+    source, _, outputs = CUDA_KERNELS[name]
+    return jiterator._create_multi_output_jit_fn(source, outputs)
+
+
+_refused = set()
+
+
+def _on_cuda(name, *tensors):
+    """Result, or results, of one pass of a CUDA kernel, which PyTorch compiles; None where plain operations do it."""
+    if not all(tensor.is_cuda and tensor.dtype == torch.float32 for tensor in tensors) or name in _refused:
+        return None
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        with torch.no_grad():
+            return _cuda_kernel(name)(*(tensor.detach() for tensor in tensors))
+    except Exception as error:  # not a stable interface: whatever is wrong, PyTorch's own operations do it too
+        _refused.add(name)
+        _log.warning("%s takes several passes on this GPU: %s", name, str(error).splitlines()[0])
+        return None

@@ -7,70 +7,43 @@
 // 2 * pair and 2 * pair + 1 of that row. __byte_perm puts one byte of two words into both bytes of both halves of a
 // register, so that signs and magnitudes of two weights move to the places of a 16-bit float's sign and exponent by a shift
 // and an AND each. The magnitude m as exponent is the value times a constant, zero included; multiplying by `scale` (a
-// power of two, in both halves) makes it the weight. Codes without a zero have `offset` added to their exponent. The host
-// chooses both.
+// power of two, in both halves) makes it the weight. Codes without a zero have `offset` added to their exponent.
 
 typedef unsigned int Word;
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 
-// What the hardware does in one instruction; tests/host has the same functions for the host.
+// What the hardware does in one instruction; tests/host has the same functions for the host. mma: sum += a * b, 16 x 16
+// times 16 x 8. Thread 4 * g + t has of a: rows g, g + 8, g, g + 8, columns 2t and 2t + 1, in the last two plus 8; of b:
+// rows 2t and 2t + 1, then plus 8, of column g; of sum: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
 #ifdef __CUDACC__
-__device__ inline Word fma_bf16x2(Word a, Word b, Word c) {
-  Word result;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
-  return result;
-}
+#define INSTRUCTION(Result, name, parameters, ...) \
+  __device__ inline Result name parameters {       \
+    Result result;                                 \
+    asm(__VA_ARGS__);                              \
+    return result;                                 \
+  }
+INSTRUCTION(Word, fma_bf16x2, (Word a, Word b, Word c), "fma.rn.bf16x2 %0, %1, %2, %3;"
+            : "=r"(result) : "r"(a), "r"(b), "r"(c))
+INSTRUCTION(Word, fma_f16x2, (Word a, Word b, Word c), "fma.rn.f16x2 %0, %1, %2, %3;"
+            : "=r"(result) : "r"(a), "r"(b), "r"(c))
+INSTRUCTION(unsigned short, bf16_of_float, (float value), "cvt.rn.bf16.f32 %0, %1;" : "=h"(result) : "f"(value))
+INSTRUCTION(unsigned short, f16_of_float, (float value), "cvt.rn.f16.f32 %0, %1;" : "=h"(result) : "f"(value))
+INSTRUCTION(float, float_of_bf16, (unsigned short value), "mov.b32 %0, %1;" : "=f"(result) : "r"((Word)value << 16))
+INSTRUCTION(float, float_of_f16, (unsigned short value), "cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value))
 
-__device__ inline Word fma_f16x2(Word a, Word b, Word c) {
-  Word result;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
-  return result;
-}
-
-__device__ inline unsigned short bf16_of_float(float value) {
-  unsigned short result;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result) : "f"(value));
-  return result;
-}
-
-__device__ inline unsigned short f16_of_float(float value) {
-  unsigned short result;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result) : "f"(value));
-  return result;
-}
-
-__device__ inline float float_of_f16(unsigned short value) {
-  float result;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value));
-  return result;
-}
-
-// sum += a * b, 16 x 16 times 16 x 8. Thread 4 * g + t has of a: rows g, g + 8, g, g + 8, columns 2t and 2t + 1, in the
-// last two plus 8; of b: rows 2t and 2t + 1, then plus 8, of column g; of sum: (g, 2t), (g, 2t + 1), (g + 8, 2t) and
-// (g + 8, 2t + 1).
-__device__ inline void mma_bf16(float (&sum)[4], const Word (&a)[4], const Word (&b)[2]) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-__device__ inline void mma_f16(float (&sum)[4], const Word (&a)[4], const Word (&b)[2]) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
+#define MMA(name, type)                                                                            \
+  __device__ inline void name(float (&sum)[4], const Word (&a)[4], const Word (&b)[2]) {           \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                            \
+                 ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                      \
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                          \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));              \
+  }
+MMA(mma_bf16, "bf16")
+MMA(mma_f16, "f16")
 #endif
 
 constexpr Word both = 0x00010001, minus_zero = 0x8000 * both;
-
-__device__ inline float float_of_bits(Word bits) {
-  union {
-    Word bits;
-    float value;
-  } either = {bits};
-  return either.value;
-}
 
 struct BFloat16 {
   static constexpr int mantissa = 7;
@@ -78,7 +51,7 @@ struct BFloat16 {
   static __device__ Word scaled(Word pair, Word scale) { return fma_bf16x2(pair, scale, minus_zero); }
   static __device__ unsigned short rounded(float value) { return bf16_of_float(value); }
   static __device__ void multiply(float (&sum)[4], const Word (&a)[4], const Word (&b)[2]) { mma_bf16(sum, a, b); }
-  static __device__ float widened(unsigned short value) { return float_of_bits((Word)value << 16); }
+  static __device__ float widened(unsigned short value) { return float_of_bf16(value); }
 };
 
 struct Float16 {
@@ -97,13 +70,9 @@ struct alignas(4 * count) Words {
 };
 
 template <int count>
-__device__ inline Words<count> read(const Word* words) {
-  return *reinterpret_cast<const Words<count>*>(words);
-}
+__device__ inline Words<count> read(const Word* words) { return *reinterpret_cast<const Words<count>*>(words); }
 
-__device__ inline int row_of_byte(int byte) {
-  return byte / 8 % 2 * 16 + byte % 2 * 8 + byte / 16 * 4 + byte % 8 / 2;
-}
+__device__ inline int row_of_byte(int byte) { return byte / 8 % 2 * 16 + byte % 2 * 8 + byte / 16 * 4 + byte % 8 / 2; }
 
 // Words `first` and following of one block, for the inputs 2 * pair and 2 * pair + 1: as stored, then aligned: of every
 // byte, low bits of the first input at bit 0, of the other at bit `width`; sign and fifth bit, where they have planes of
@@ -157,7 +126,7 @@ struct Step {
   Word x[tiles][2];
 
   // weights, inputs: of the thread's first block of this step, inputs in the first of its rows, which are `tile_words`
-  // apart. left, rows: how many blocks and rows there are from here on; zeros beyond.
+  // apart. left, rows: how many blocks and rows there are from here on; beyond, x is 0, and any codes do.
   __device__ void load(const Word* weights, const Word* inputs, long long tile_words, int left, int first, int pair,
                        int rows) {
 #pragma unroll
@@ -207,7 +176,7 @@ __device__ inline void add_warps(float (&sums)[count][4], float* shared) {
   }
 }
 
-// Of the gridDim.z thread blocks with the same outputs the last to arrive adds all totals, in order, and returns true; its
+// Of the gridDim.z thread blocks with the same outputs the last to arrive adds all totals, in order, and returns true. Its
 // counter is 0 again. partial has `room` floats per thread block, of which `count` are used.
 __device__ inline bool add_blocks(float* total, int count, int room, float* partial, Word* arrived) {
   __shared__ bool is_last;
@@ -230,33 +199,26 @@ __device__ inline bool add_blocks(float* total, int count, int room, float* part
   return true;
 }
 
-// y = x W^T + bias. x (rows, 8 * blocks), y (rows, outputs), bias (outputs) or unused: 16-bit floats. Block (32, warps),
-// warps a power of two up to 8; grid (panels / words rounded up, rows / (8 * tiles) rounded up, parts). A warp does
-// 32 * words outputs: thread 4 * g + t has rows (outputs) of words g * words and following, counted through `words` panels,
-// as the operand a of mma, and the inputs 2t and 2t + 1 of every block; x is the operand b. Inputs are dealt out by twos of
-// blocks to the warps of all parts. partial: 32 * words * 8 * tiles floats per thread block, arrived: a zero per (x, y) of
-// the grid; unused if there is one part. Beyond `outputs`, the last panel is read again and the result dropped.
+// The products of one warp: 32 * words outputs, 8 * tiles rows of x, and of inputs, two blocks of codes at a time, every
+// (gridDim.z * blockDim.y)-th two. Thread 4 * g + t has outputs of words g * words and following, counted through `words`
+// panels, as the operand a of mma, and the inputs 2t and 2t + 1 of a block; x is the operand b. Beyond `outputs`, the last
+// panel is read again. The codes of the next `depth` steps are on their way while one is multiplied.
 template <class Format, int bits, int words, int tiles>
-__device__ inline void linear(const Word* __restrict__ codes, const Word* __restrict__ x,
-                              const unsigned short* __restrict__ bias, unsigned short* __restrict__ y, float* partial,
-                              Word* arrived, int rows, int blocks, int outputs, int has_bias, Word offset, Word scale,
-                              float* shared) {
-  constexpr int span = 32 * words, depth = tiles == 1 ? 2 : 1, count = tiles * 2 * words;
+__device__ inline void accumulate(const Word* __restrict__ codes, const Word* __restrict__ x, int rows, int blocks,
+                                  int outputs, Word offset, Word scale, float (&sums)[tiles * 2 * words][4]) {
+  constexpr int depth = tiles == 1 && bits < 6 ? 2 : 1;
   const int g = threadIdx.x / 4, pair = threadIdx.x % 4, word = g * words;
   const int panels = (outputs + 31) / 32, panel = blockIdx.x * words + word / 8;
   const int row = blockIdx.y * 8 * tiles, live = rows - row;
   const Word* weights = codes + (long long)(panel < panels ? panel : panels - 1) * blocks * (8 * bits);
   const Word* inputs = x + (long long)(row + (g < live ? g : 0)) * blocks * 4 + pair;
-  const int steps = (blocks + 1) / 2, stride = gridDim.z * blockDim.y;
+  const int steps = (blocks + 1) / 2, stride = gridDim.z * blockDim.y, begin = blockIdx.z * blockDim.y + threadIdx.y;
 
-  float sums[count][4] = {};
   Step<Format, bits, words, tiles> next[depth];
-  const long long tile_words = 32LL * blocks;
   const auto load = [&](int step, Step<Format, bits, words, tiles>& target) {
-    target.load(weights + (long long)step * (16 * bits), inputs + step * 8LL, tile_words, blocks - 2 * step, word % 8, pair,
-                live - g);
+    target.load(weights + (long long)step * (16 * bits), inputs + step * 8LL, 32LL * blocks, blocks - 2 * step, word % 8,
+                pair, live - g);
   };
-  const int begin = blockIdx.z * blockDim.y + threadIdx.y;
 #pragma unroll
   for (int ahead = 0; ahead < depth; ++ahead) load(begin + ahead * stride, next[ahead]);
   for (int step = begin; step < steps; step += depth * stride) {  // the same for all threads of a warp
@@ -268,18 +230,31 @@ __device__ inline void linear(const Word* __restrict__ codes, const Word* __rest
       current.multiply(sums, pair, live, offset, scale);
     }
   }
-  add_warps(sums, shared);
+}
 
+// y = x W^T + bias. x (rows, 8 * blocks), y (rows, outputs), bias (outputs) or unused: 16-bit floats. Block (32, warps),
+// warps a power of two up to 8; grid (panels / words rounded up, rows / (8 * tiles) rounded up, parts of the inputs).
+// partial: 32 * words * 8 * tiles floats per thread block, arrived: a zero per (x, y) of the grid; for several parts.
+template <class Format, int bits, int words, int tiles>
+__device__ inline void linear(const Word* __restrict__ codes, const Word* __restrict__ x,
+                              const unsigned short* __restrict__ bias, unsigned short* __restrict__ y, float* partial,
+                              Word* arrived, int rows, int blocks, int outputs, int has_bias, Word offset, Word scale,
+                              float* shared) {
+  constexpr int span = 32 * words, count = tiles * 2 * words;
+  float sums[count][4] = {};
+  accumulate<Format, bits, words, tiles>(codes, x, rows, blocks, outputs, offset, scale, sums);
+  add_warps(sums, shared);
   if (threadIdx.y == 0) {
+    const int word = threadIdx.x / 4 * words, column = threadIdx.x % 4 * 2;
 #pragma unroll
     for (int i = 0; i < 4 * count; ++i) {
-      const int part = i / 4 % (2 * words), at = word + part / 2, n = i / (8 * words) * 8 + 2 * pair + i % 2;
+      const int part = i / 4 % (2 * words), at = word + part / 2, n = i / (8 * words) * 8 + column + i % 2;
       shared[n * span + at / 8 * 32 + row_of_byte(at % 8 * 4 + part % 2 * 2) + i / 2 % 2 * 8] = sums[i / 4][i % 4];
     }
   }
   __syncthreads();
-  const int used = (live < 8 * tiles ? live : 8 * tiles) * span;
-  if (gridDim.z > 1 && !add_blocks(shared, used, 8 * tiles * span, partial, arrived)) return;  // a block's threads alike
+  const int row = blockIdx.y * 8 * tiles, live = rows - row, used = (live < 8 * tiles ? live : 8 * tiles) * span;
+  if (gridDim.z > 1 && !add_blocks(shared, used, 8 * tiles * span, partial, arrived)) return;  // all threads alike
   for (int i = threadIdx.y * 32 + threadIdx.x; i < used; i += blockDim.y * 32) {
     const int n = i / span, output = blockIdx.x * span + i % span;
     if (output >= outputs) continue;

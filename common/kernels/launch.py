@@ -23,14 +23,13 @@ def source(stem):
 def load(stem, name, device):
     """The kernel `name` of <stem>.cu on CUDA device number `device`; compiled on first use, cached on disk by CuPy.
 
-    Raises ImportError without CuPy, and CuPy's own errors where it cannot compile or find the device.
+    All kernels of a file are compiled together. Raises ImportError without CuPy, and CuPy's own errors where it cannot
+    compile, has no such kernel or no such device.
     """
     import cupy
 
     with cupy.cuda.Device(device):
-        kernel = _module(stem).get_function(name)
-        kernel.compile()
-        return kernel
+        return _module(stem).get_function(name)
 
 
 @functools.cache
@@ -47,32 +46,56 @@ def launch(stem, name, grid, block, *arguments):
     NumPy scalars of exactly the C parameters' types. Returns at once. Raises TypeError for anything else,
     ValueError for a tensor with gaps or on another device.
     """
-    import cupy
+    device = _device_of(arguments)
+    values = tuple([each if isinstance(each, np.generic) else _address(each, device) for each in arguments])
+    kernel, stream = load(stem, name, device), _stream(torch._C._cuda_getCurrentRawStream(device), device)
+    if device == torch.cuda.current_device():
+        kernel(grid, block, values, stream=stream)
+    else:
+        with torch.cuda.device(device):
+            kernel(grid, block, values, stream=stream)
 
-    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-    values = tuple(_checked(argument, device) for argument in arguments)
-    stream = torch.cuda.current_stream(device)
-    with cupy.cuda.Device(device.index), _as_cupy(stream):
-        load(stem, name, device.index)(grid, block, values)
+
+def _device_of(arguments):
+    """Number of the first tensor's CUDA device. Nothing is imported or asked of a device before it is known."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            if not argument.is_cuda:
+                raise ValueError(f"launch: all tensors must be on one CUDA device, not {argument.device}")
+            return argument.get_device()
+    raise TypeError("launch: at least one argument must be a CUDA tensor")
 
 
-def _checked(argument, device):
-    if isinstance(argument, np.generic):
-        return argument
+def _address(argument, device):
     if not isinstance(argument, Tensor):
         raise TypeError(f"launch: arguments are CUDA tensors or NumPy scalars, not {type(argument).__name__}")
-    if argument.device != device or device.type != "cuda":
-        raise ValueError(f"launch: all tensors must be on one CUDA device, not {argument.device} and {device}")
-    channels_last = argument.dim() == 4 and argument.is_contiguous(memory_format=torch.channels_last)
-    if not (argument.is_contiguous() or channels_last):
+    if not argument.is_cuda or argument.get_device() != device:
+        raise ValueError(f"launch: all tensors must be on one CUDA device, not {argument.device} and cuda:{device}")
+    if not (argument.is_contiguous() or _is_channels_last(argument)):
         shape, strides = tuple(argument.shape), argument.stride()
         raise ValueError(f"launch: a tensor of shape {shape} with strides {strides} is not contiguous")
     return np.uintp(argument.data_ptr())
 
 
-def _as_cupy(stream):
+def _is_channels_last(tensor):
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+class _AtAddress:
+    """A stream by its address, in the protocol by which CuPy takes streams of others."""
+
+    def __init__(self, address):
+        self.address = address
+
+    def __cuda_stream__(self):
+        return 0, self.address
+
+
+@functools.lru_cache(maxsize=256)
+def _stream(address, device):
+    """CuPy's object for the stream at this address; making one takes longer than a launch."""
     import cupy
 
-    if hasattr(cupy.cuda.Stream, "from_external") and hasattr(stream, "__cuda_stream__"):
-        return cupy.cuda.Stream.from_external(stream)
-    return cupy.cuda.ExternalStream(stream.cuda_stream, stream.device_index)  # CuPy before 14, or torch before 2.9
+    if hasattr(cupy.cuda.Stream, "from_external"):
+        return cupy.cuda.Stream.from_external(_AtAddress(address))
+    return cupy.cuda.ExternalStream(address, device)  # CuPy before 14

@@ -1,9 +1,10 @@
 """CPU kernels of shift2d, compiled by numba. Imported on first use, never by the package: numba takes a second to load.
 
-Addresses, offsets and sizes are integers in bytes, so the same two compiled kernels serve every dtype. The inner loops
+Addresses, offsets and sizes are integers in bytes, so the same compiled kernels serve every dtype. The inner loops
 move 32 bytes at a time through small LLVM intrinsics, because numba cannot know that arrays do not overlap and leaves
 loops over them scalar. Channels-last rows, where neighbouring channels move differently, are put together with byte
-masks: first vertically, choosing among k rows, then horizontally, choosing among k columns. That is 2k loads, not k*k.
+masks: first vertically, choosing among k rows, then horizontally, choosing among k columns. That is 2k loads, not k*k;
+for k = 3, where what was chosen vertically stays in registers and serves neighbouring pixels, it is fewer.
 """
 
 import functools
@@ -11,12 +12,14 @@ import functools
 import numpy as np
 from llvmlite import ir
 from numba import carray, config, njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from common.kernels import threads
-from common.kernels.vectors import fetch_add
+from common.kernels.vectors import fetch_add, number
 
 VECTOR = 32
+PIXELS = 2  # channels-last, at a time
 MASK_BLOCK = 2048  # bytes after which channels-last masks repeat: a long inner loop whose masks still fit the L1 cache
 
 
@@ -81,27 +84,9 @@ def _make_merge(width):
     return merge
 
 
-def _make_choose(width):
-    @intrinsic
-    def choose(typing, destination, a, b, c, mask_a, mask_b):
-        """destination = a where mask_a is set, b where mask_b is set, c elsewhere"""
-
-        def codegen(context, builder, signature, arguments):
-            lanes = _lanes(width)
-            a, b, c, mask_a, mask_b = _load(builder, lanes, *arguments[1:])
-            rest = builder.select(_is_set(builder, mask_b), b, c)
-            _store(builder, lanes, arguments[0], builder.select(_is_set(builder, mask_a), a, rest))
-            return context.get_dummy_value()
-
-        return types.void(*[types.intp] * 6), codegen
-
-    return choose
-
-
 _zero1, _zero32 = _make_zero(1), _make_zero(VECTOR)
 _masked1, _masked32 = _make_masked(1), _make_masked(VECTOR)
 _merge1, _merge32 = _make_merge(1), _make_merge(VECTOR)
-_choose1, _choose32 = _make_choose(1), _make_choose(VECTOR)
 
 
 @njit
@@ -177,20 +162,6 @@ def _merge_run(y, x, mask, block, size):
 
 
 @njit
-def _choose_run(y, a, b, c, mask_a, mask_b, block, size):
-    # y[t] = a[t], b[t] or c[t] by the two masks; otherwise as _merge_run.
-    if size < VECTOR:
-        for t in range(size):
-            _choose1(y + t, a + t, b + t, c + t, mask_a + t % block, mask_b + t % block)
-        return
-    last = size - VECTOR
-    for base in range(0, last, block):
-        for t in range(0, min(block, last - base), VECTOR):
-            _choose32(y + base + t, a + base + t, b + base + t, c + base + t, mask_a + t, mask_b + t)
-    _choose32(y + last, a + last, b + last, c + last, mask_a + last % block, mask_b + last % block)
-
-
-@njit
 def _shift_rows(counters, scratch, grain, rows, x, y, masks, block, pixel, height, width, k, step_y, step_x):
     """Channels-last. One item is a row of `width` pixels of `pixel` bytes; step_y in rows, step_x in pixels, signed.
 
@@ -205,18 +176,74 @@ def _shift_rows(counters, scratch, grain, rows, x, y, masks, block, pixel, heigh
         first = fetch_add(counters, grain)
         for item in range(first, min(first + grain, rows)):
             i, source, target = item % height, x + item * row, y + item * row
-            if k == 3:  # the networks' case in one pass each: 1.5 times the speed of the loops below
-                above = source - step_y * row if 0 <= i - step_y < height else scratch
-                below = source + step_y * row if 0 <= i + step_y < height else scratch
-                _choose_run(staged, above, source, below, masks, masks + stride, block, row)
-                _choose_run(target, staged - step, staged, staged + step, across, across + stride, block, row)
-                continue
             for tap in range(k):
                 dy = step_y * (tap - half)
                 origin = source + dy * row if 0 <= i + dy < height else scratch
                 _merge_run(staged, origin, masks + tap * stride, block, row)
             for tap in range(k):
                 _merge_run(target, staged + step * (tap - half), across + tap * stride, block, row)
+        if first + grain >= rows:
+            return
+
+
+@intrinsic
+def _shift_pixels(typing, y, above, here, below, pixel, left, right, masks, stride, step_y, step_x):
+    """PIXELS neighbouring pixels of a row of y, of `pixel` bytes, at least VECTOR, for k = 3 and steps of one.
+
+    above, here, below: the first of them in three rows of x. left, right: bytes to the pixels beside, or 0 where there
+    are none. masks, stride: by vertical, then by horizontal tap. Each vector of masks serves all pixels.
+    """
+
+    def codegen(context, builder, signature, arguments):
+        y, above, here, below, pixel, left, right, masks, stride, step_y, step_x = arguments
+        lanes, zero = _lanes(VECTOR), number(0)
+        none = ir.Constant(lanes, None)
+        is_left, is_right = (builder.icmp_signed("!=", side, zero) for side in (left, right))
+        places = [left, *(builder.mul(pixel, number(i)) for i in range(PIXELS))]
+        places.append(builder.add(places[-1], right))
+        forward_y, forward_x = (builder.icmp_signed(">", step, zero) for step in (step_y, step_x))
+        taps = (builder.select(forward_y, zero, number(2)), number(1),
+                builder.select(forward_x, number(3), number(5)), number(4))  # fmt: skip
+        chosen = [builder.add(masks, builder.mul(stride, tap)) for tap in taps]
+        last = builder.sub(pixel, number(VECTOR))
+        count = builder.add(builder.udiv(builder.sub(pixel, number(1)), number(VECTOR)), number(1))
+        with cgutils.for_range(builder, count) as loop:
+            offset = builder.mul(loop.index, number(VECTOR))
+            offset = builder.select(builder.icmp_signed(">", offset, last), last, offset)  # may overlap the one before
+            up, middle, before, center = (
+                _is_set(builder, mask) for mask in _load(builder, lanes, *(builder.add(m, offset) for m in chosen))
+            )
+            rows = [builder.add(row, offset) for row in (above, here, below)]
+            columns = []
+            for place in places:
+                a, b, c = _load(builder, lanes, *(builder.add(row, place) for row in rows))
+                columns.append(builder.select(up, a, builder.select(middle, b, c)))
+            columns[0] = builder.select(is_left, columns[0], none)
+            columns[-1] = builder.select(is_right, columns[-1], none)
+            for i in range(PIXELS):
+                value = builder.select(before, columns[i], builder.select(center, columns[i + 1], columns[i + 2]))
+                _store(builder, lanes, builder.add(builder.add(y, offset), places[i + 1]), value)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 11), codegen
+
+
+@njit
+def _shift_neighbours(counters, scratch, grain, rows, x, y, masks, block, pixel, height, width, step_y, step_x):
+    # Channels-last, the networks' case, twice as fast: k = 3, steps of one, at least PIXELS columns of VECTOR bytes.
+    row, stride = width * pixel, block + VECTOR
+    while True:
+        first = fetch_add(counters, grain)
+        for item in range(first, min(first + grain, rows)):
+            i, source, target = item % height, x + item * row, y + item * row
+            above = source - row if i else scratch
+            below = source + row if i + 1 < height else scratch
+            for j in range(0, width, PIXELS):
+                at = min(j, width - PIXELS) * pixel  # the last ones may overlap
+                left, right = -pixel if at else 0, pixel if at + PIXELS * pixel < row else 0
+                _shift_pixels(
+                    target + at, above + at, source + at, below + at, pixel, left, right, masks, stride, step_y, step_x
+                )
         if first + grain >= rows:
             return
 
@@ -232,12 +259,18 @@ def _rows_entry(arguments):
     _shift_rows(a[0], scratch, a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13], a[14])
 
 
+def _neighbours_entry(arguments):
+    a = carray(arguments, 14)
+    scratch = a[1] + a[2] * fetch_add(a[0] + 8, 1)
+    _shift_neighbours(a[0], scratch, a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13])
+
+
 @functools.cache
 def load():
-    """(planes, rows): compiled, or read from numba's cache. Raises ImportError where numba is switched off."""
+    """(planes, rows, neighbours), compiled or from numba's cache. Raises ImportError where numba is switched off."""
     if config.DISABLE_JIT:
         raise ImportError("numba is switched off (NUMBA_DISABLE_JIT)")
-    return threads.compiled(_planes_entry), threads.compiled(_rows_entry)
+    return tuple(map(threads.compiled, (_planes_entry, _rows_entry, _neighbours_entry)))
 
 
 def _masks(periods):
@@ -271,7 +304,7 @@ def shift2d_cpu(x, y, kernel_size, dilation, direction, channels_last):
 
     Returns True: there is no size that it cannot do.
     """
-    planes, rows = load()
+    planes, rows, neighbours = load()
     threads.advise_large_pages(y)
     n, channels, height, width = x.shape
     item = x.element_size()
@@ -281,9 +314,12 @@ def shift2d_cpu(x, y, kernel_size, dilation, direction, channels_last):
     if channels_last:
         pixel = channels * item
         masks, block, _ = _tap_masks(channels, item, kernel_size)
-        margin = kernel_size // 2 * abs(step_x) * pixel
-        arguments = (*addresses, masks, block, pixel, height, width, kernel_size, step_y, step_x)
-        threads.run(rows, arguments, n * height, width * pixel, scratch_bytes=2 * (width * pixel + margin), zeroed=True)
+        sizes, row = (*addresses, masks, block, pixel, height, width), width * pixel
+        if kernel_size == 3 and dilation == 1 and pixel >= VECTOR and width >= PIXELS:
+            threads.run(neighbours, (*sizes, step_y, step_x), n * height, row, row, zeroed=True)
+        else:
+            scratch = 2 * (row + kernel_size // 2 * abs(step_x) * pixel)
+            threads.run(rows, (*sizes, kernel_size, step_y, step_x), n * height, row, scratch, zeroed=True)
     else:
         masks, row, _ = _edge_masks(width, item, kernel_size, step_x)
         arguments = (*addresses, masks, channels, height, row, kernel_size, step_y, step_x * item)

@@ -87,6 +87,17 @@ def prefetch(builder, address):
     builder.call(function, [builder.inttoptr(address, bytes_pointer), *options])
 
 
+@intrinsic
+def ask_for(typing, address):
+    """`prefetch` for code that numba compiles."""
+
+    def codegen(context, builder, signature, arguments):
+        prefetch(builder, arguments[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
 def _make_copy(kind):
     @intrinsic
     def copy(typing, target, source):

@@ -1,5 +1,4 @@
-"""bitshift.cu, bitshift_naive.cu and multiply.cu without a GPU: run on the host under the sanitizers, bit-equal to
-independent results.
+"""bitshift.cu and multiply.cu without a GPU: run on the host under the sanitizers, bit-equal to independent results.
 
 (test_kernel_sources.py compiles them for every architecture.)
 """
@@ -12,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.kernels import bitshift_cuda, bitshift_int8_cuda, bitshift_naive_cuda, launch, pack_shift_weights
+from common.kernels import bitshift_cuda, bitshift_int8_cuda, launch, pack_shift_weights
 from common.kernels.bitshift_reference import Weights
 from tests.common.bitshift_cases import CODES, exponents, fixed_conv2d, fixed_linear, random_parts, random_weights
 from tests.host.gxx import HostKernels
@@ -171,29 +170,6 @@ def test_int8_wrapper(host_bitshift, monkeypatch):
     weights = Weights(packed.codes, packed.shape, packed.bits, packed.base, packed.zero)
     expected = x.int() @ (sign * 2 ** (shift + 6)).int().T
     assert all(torch.equal(bitshift_int8_cuda.linear(x[:rows], weights), expected[:rows]) for rows in (1, 40))
-
-
-def test_naive(tmp_path):
-    """Both baselines on integers; shifts round down, and sums wrap at 32 bits."""
-    host, generator, cases = HostKernels("bitshift_naive", tmp_path), random.Random(2), []
-    for seed, (scheme, bits) in enumerate([("PS", 4), ("Q", 4), ("PS", 5), ("PS", 6)]):
-        stride, padding, kernel = generator.choice((1, 2)), generator.choice((0, 1)), (generator.choice((1, 3)), 3)
-        shift, sign = random_parts((18, 5, *kernel), scheme, bits, seed)
-        codes = bitshift_naive_cuda.shift_codes(pack_shift_weights((shift, sign), bits, scheme))
-        x, small = integers((2, 5, 5, 4), seed, most=2**31 - 1), integers((2, 5, 5, 4), seed).float()
-        shifted = fixed_conv2d(x, shift, sign, (stride, stride), (padding, padding), (1, 1), 1).int()
-        multiplied = F.conv2d(small, sign.float(), None, stride, padding)
-        shape, grid, block, sizes = bitshift_naive_cuda.plan(x.shape, codes.shape, stride, padding)
-        for name, values, weight, y in (("shift", x, codes, shifted), ("multiply", small, sign.float(), multiplied)):
-            arguments = [weight.numpy(), values.numpy(), np.full_like(y.numpy(), 77), *map(np.int32, sizes)]
-            assert y.shape == shape
-            cases += [((f"bitshift_naive_{name}", each, block, arguments), y) for each in (grid, (2, 1, 1))]
-    run(host, cases)
-
-
-def test_naive_kernels_shift_to_the_right():
-    with pytest.raises(ValueError, match="above 1"):
-        bitshift_naive_cuda.shift_codes(pack_shift_weights(random_weights((4, 4, 3, 3), "S3", 4), 4, "S3"))
 
 
 def test_host_run_detects_faults(host_bitshift):

@@ -1,6 +1,7 @@
 """shift2d on a CUDA device: values, streams, CUDA graphs, several devices."""
 
 import importlib
+import os
 import random
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.kernels import launch, shift2d, shift2d_reference
+from common.kernels import launch, shift2d, shift2d_cuda, shift2d_reference
 from tests.common.test_shift2d import LAYOUTS, random_case, same_bits
 
 pytestmark = pytest.mark.gpu
@@ -41,6 +42,46 @@ def test_layout(name):
     y = shift2d(x)
     fake = shift2d(torch.empty_strided(x.shape, x.stride(), device="meta"))
     assert torch.equal(y, shift2d_reference(x)) and y.stride() == fake.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32, torch.float64])
+def test_every_kernel(dtype):
+    """All of shift2d.cu, by images whose rows, and pixels, are multiples of 16, 8, ... bytes, or are not."""
+    item, reached = dtype.itemsize, set()
+    shapes = [(3, 144, 32, 32), (2, 144, 9, 12), (2, 144, 56, 4), (1, 145, 33, 2), (2, 145, 8, 7), (300, 32, 8, 8)]
+    for shape in shapes:
+        for channels_last in (False, True):
+            layout = torch.channels_last if channels_last else torch.contiguous_format
+            x = torch.randint(-100, 100, shape, device="cuda").to(dtype).contiguous(memory_format=layout)
+            for dilation, direction in ((1, 1), (1, -1), (2, 1), (50, 1)):
+                reached.add(shift2d_cuda.plan(shape, item, 16, 3, dilation, direction, channels_last)[0])
+                y = torch.ops.effnets.shift2d(x, 3, dilation, direction)
+                assert torch.equal(y, shift2d_reference(x, 3, dilation, direction)), (
+                    shape,
+                    layout,
+                    dilation,
+                    direction,
+                )
+    planes = {f"shift2d_planes_{size}" for size in (1, 2, 4, 8, 16) if size >= item}
+    assert reached == {*planes, f"shift2d_rows_{item}", f"shift2d_runs_{item}"}
+
+
+def test_few_compilations(tmp_path):
+    """50 shapes, both layouts: at most 8 compiled files, and none in a second process."""
+    code = (
+        "import torch; from common.kernels import shift2d, shift_conv1x1\n"
+        "for size in range(1, 51):\n"
+        "    for layout in (torch.contiguous_format, torch.channels_last):\n"
+        "        x = torch.randn(2, 8 * size, size, 60 - size, device='cuda').contiguous(memory_format=layout)\n"
+        "        shift2d(x), shift_conv1x1(x, torch.randn(size, 8 * size, 1, 1, device='cuda'))\n"
+        "torch.cuda.synchronize()"
+    )
+    root, written = Path(__file__).resolve().parents[2], []
+    for _ in range(2):
+        environment = {**os.environ, "CUPY_CACHE_DIR": str(tmp_path)}
+        subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, check=True)
+        written.append({(path.name, path.stat().st_ino) for path in tmp_path.iterdir()})
+    assert 1 <= len(written[0]) <= 8 and written[1] == written[0]
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -130,7 +171,7 @@ def test_autocast_keeps_the_dtype():
 
 def test_launch_checks_its_arguments():
     x = torch.zeros(2, 3, 4, 4, device="cuda")
-    for wrong, error in ((1.0, TypeError), (x.mT, ValueError), (x.cpu(), ValueError)):
+    for wrong, error in ((1.0, TypeError), (1, TypeError), (x.mT, ValueError), (x.cpu(), ValueError)):
         with pytest.raises(error, match="^launch: "):
             launch.launch("shift2d", "shift2d_planes_4", (1, 1, 1), (1, 1, 1), x, wrong)
 

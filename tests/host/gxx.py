@@ -25,9 +25,12 @@ def kernel_names(stem):
 
 
 class HostKernels:
-    """The kernels of common/kernels/<stem>.cu as a host program in `folder`. Skips, loudly, where g++ is missing."""
+    """The kernels of common/kernels/<stem>.cu as a host program in `folder`. Skips, loudly, where g++ is missing.
 
-    def __init__(self, stem, folder):
+    flags: further options of g++.
+    """
+
+    def __init__(self, stem, folder, flags=()):
         if not shutil.which("g++"):
             pytest.skip("g++ not found: the CUDA sources are not run on the host")
         self.names = kernel_names(stem)
@@ -38,7 +41,7 @@ class HostKernels:
         if "__syncthreads" in launch.source(stem):
             defines += ["-DBARRIERS", "-pthread"]
         files = [f"-I{HERE}", str(HERE / "host_main.cpp"), "-o", str(self.program)]
-        built = subprocess.run(["g++", *FLAGS, *SANITIZERS, *defines, *files], capture_output=True, text=True)
+        built = subprocess.run(["g++", *FLAGS, *flags, *SANITIZERS, *defines, *files], capture_output=True, text=True)
         assert built.returncode == 0, built.stderr
 
     def run(self, launches):

@@ -19,7 +19,7 @@ Value __ldcg(const Value* at) {
   return *at;
 }
 
-inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline void __threadfence() { std::atomic_signal_fence(std::memory_order_seq_cst); }  // one block at a time
 
 inline unsigned atomicInc(unsigned* at, unsigned last) {
   std::atomic_ref<unsigned> counter(*at);
