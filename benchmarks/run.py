@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -28,6 +29,9 @@ ALL = tuple(dict.fromkeys((*ON_CPU, *ON_GPU)))
 # A GPU waits for the host in the first steps, and for the clock in single ones.
 TRAINING_ON_GPU = ("--arch", "resnet18", "--batch-size", "128", "--warmup", "10", "--steps", "20")
 OURS = re.compile(r"shift2d|shift_conv1x1|bitshift|packed")  # rows of our kernels, not of what they are compared with
+ASIDE = re.compile(r"shift2d, then 1x1|, \d+ threads|forward, convolution")  # measured for the comparison only
+DETAILS = re.compile(r"conv .*, [^4] bits\b|^shift \+ 1x1(?!.*all layers)")  # left to the results files
+COLORS = ("#4477aa", "#ee6677", "#ccbb44", "#228833", "#66ccee")
 
 
 def commands(names: list[str], device: str) -> list[list[str]]:
@@ -39,25 +43,46 @@ def commands(names: list[str], device: str) -> list[list[str]]:
     return [[sys.executable, str(HERE / f"{name}.py"), *options.get(name, [])] for name in names]
 
 
-def read_bars(path: Path) -> list[tuple[str, float]]:
-    """(what, share of the floor's speed) of our kernels in a results file; a file without floors has none."""
+class Bar(NamedTuple):
+    """One kernel's share of the floor's speed; family: a part of the plot, label: what, series: bits, or nothing."""
+
+    family: str
+    label: str
+    series: str
+    share: float
+
+
+def read_bars(path: Path) -> list[Bar]:
+    """Those of our kernels in a results file, of its layouts the better one; a file without floors has none."""
+    best = {}
     with open(path, newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("floor_ms") and OURS.match(row["name"])]
-    return [(f"{row['comparison']}: {row['name']}", float(row["floor_ms"]) / float(row["median_ms"])) for row in rows]
+        for row in csv.DictReader(file):
+            is_aside = ASIDE.search(f"{row['comparison']} {row['name']}")
+            if float(row.get("floor_ms") or 0) and OURS.match(row["name"]) and not is_aside:
+                title = row["comparison"].replace(", convolution", "")
+                bits = re.search(r", (\d bits)", title)
+                label = title.replace(bits[0], "") if bits else title
+                family = "bitshift_conv2d" if "packed" in row["name"] else row["name"].split()[0]
+                key = family, label.removeprefix("shift + 1x1, "), bits[1] if bits else ""
+                share = float(row["floor_ms"]) / float(row["median_ms"])
+                best[key] = max(share, best.get(key, 0.0))
+    return [Bar(*key, share) for key, share in best.items()]
 
 
 def ratio_table(paths: list[Path]) -> str:
-    """The ratios in the files, the processor or GPU and the versions, as Markdown."""
-    lines, conditions = ["| what | ratio of times | |", "|---|---|---|"], {}
+    """The ratios in the files, the script, the processor or GPU and the versions, as Markdown."""
+    lines, conditions = ["| what | ratio of times | | `benchmarks/` |", "|---|---|---|---|"], {}
     for path in paths:
         if not path.exists():
             continue
         with open(path, newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 conditions[f"{row['hardware']}; {row['versions']}"] = None
-                if row["ratio"]:
-                    text = row["name"].removesuffix(": time ratio")
-                    lines.append(f"| {row['comparison']} | {text} | {float(row['ratio']):.2f}x |")
+                text = row["name"].removesuffix(": time ratio")
+                what, _, summed = text.rpartition(": ")
+                if row["ratio"] and not DETAILS.search(f"{row['comparison']} {text}"):
+                    line = f"{what or row['comparison']} | {summed} | {float(row['ratio']):.2f}x"
+                    lines.append(f"| {line} | {path.stem.removesuffix('_cuda')}.py |")
     return "\n".join([*lines, "", "Measured on: " + " and ".join(conditions) + "."])
 
 
@@ -80,14 +105,30 @@ def plot(paths: list[Path], target: Path) -> bool:
     matplotlib.rcParams["svg.hashsalt"] = "kernels"  # the same file from the same records
     import matplotlib.pyplot as plt
 
-    names, shares = zip(*reversed(bars), strict=True)
-    figure, axes = plt.subplots(figsize=(10, 1 + 0.2 * len(bars)), layout="constrained")
-    axes.barh(names, [100 * share for share in shares], color="#4477aa", height=0.7)
-    axes.axvline(100, color="black", linewidth=1)
-    axes.set(xlabel="percent of the speed of the floor")
-    axes.tick_params(axis="y", labelsize=7)
-    axes.margins(y=0.01)
-    axes.grid(axis="x", alpha=0.3)
+    families = {
+        family: [bar for bar in bars if bar.family == family] for family in dict.fromkeys(b.family for b in bars)
+    }
+    counts = [len({bar.label for bar in some}) for some in families.values()]
+    figure, parts = plt.subplots(len(families), figsize=(9, 1 + 0.24 * sum(counts) + 0.5 * len(counts)), sharex=True,
+                                 height_ratios=counts, layout="constrained", squeeze=False)  # fmt: skip
+    for axes, (family, some) in zip(parts.flat, families.items(), strict=True):
+        labels, series = (list(dict.fromkeys(getattr(bar, name) for bar in some)) for name in ("label", "series"))
+        height = 0.8 / len(series)
+        for which, color in zip(series, COLORS, strict=False):
+            chosen = [bar for bar in some if bar.series == which]
+            places = [
+                labels.index(bar.label) + height * (series.index(which) - (len(series) - 1) / 2) for bar in chosen
+            ]
+            axes.barh(places, [100 * bar.share for bar in chosen], height, color=color, label=which)
+        axes.set_yticks(range(len(labels)), labels, fontsize=7)
+        axes.set_title(family, loc="left", fontsize=9)
+        axes.axvline(100, color="black", linewidth=1)
+        axes.grid(axis="x", alpha=0.3)
+        axes.invert_yaxis()
+        axes.margins(y=0.01)
+        if any(series):
+            axes.legend(fontsize=7, loc="lower right")
+    parts.flat[-1].set_xlabel("percent of the speed of the floor")
     for suffix in ("png", "svg"):
         figure.savefig(target.with_suffix(f".{suffix}"), dpi=150, metadata={"Date": None} if suffix == "svg" else None)
     plt.close(figure)

@@ -70,6 +70,7 @@ BUDGETS = {
     "examples/convert_and_pack.py": "--arch=squeezenet1_1 --images=1 --image-size=48",
     "examples/shift_instead_of_3x3.py": "--arch=squeezenet1_1 --steps=1",
     "benchmarks/bench_shift.py": "--no-csv --repeats=1 --max-seconds=1 --shape 1 9 8 8",
+    "benchmarks/bench_shift_conv1x1.py": "--no-csv --repeats=1 --max-seconds=1 --batch=1 --expansions=1 --no-networks",
     "benchmarks/bench_bitshift.py": "--no-csv --repeats=1 --max-seconds=1 --layers square --bits 4 --batches 1",
     "benchmarks/bench_deepshift_training.py": "--arch=lenet --batch-size=2 --repeats=1",
     "benchmarks/bench_loader.py": "--rounds=1 --output=loader.csv",
@@ -87,6 +88,7 @@ NOT_RUN = {
     "run_all.sh": "its dry run is checked here; .ci/run executes it, in minutes",
     "benchmarks/run.py": "writes into benchmarks/results, in minutes; the benchmarks are run one by one",
     ".ci/run": "runs these tests",
+    "tests/gpu.sh": "needs a GPU",
 }
 SWEEPS = re.compile(r"\w+/(sweep|run)_\w+\.sh")  # days on a GPU: the commands of their dry run are checked
 # What stands for something else, and what commands within a line leave out.
@@ -133,7 +135,7 @@ def test_every_command_is_known_and_parses(readme, tmp_path):
         assert known, f"{command}: {command.script} is in no table of {Path(__file__).name}; add it to BUDGETS"
         if command.script.endswith(".py"):
             check_arguments(command.script, arguments)
-        elif command.script in (".ci/run", "tests/run.sh"):
+        elif command.script in (".ci/run", "tests/run.sh", "tests/gpu.sh"):
             subprocess.run(["bash", "-n", ROOT / command.script], check=True)
             assert all((ROOT / word).exists() for word in arguments), f"{command}: no such test"
         else:

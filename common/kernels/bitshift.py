@@ -29,7 +29,7 @@ from common.kernels.bitshift_reference import (
     linear_reference,
     wide,
 )
-from common.kernels.eager import is_plain_cpu, reason
+from common.kernels.eager import is_plain, reason
 from common.kernels.shift2d import memory_format_of
 
 __all__ = ["PackedShiftWeights", "bitshift_conv2d", "bitshift_linear", "overflow_count", "pack_shift_weights"]
@@ -54,7 +54,7 @@ def bitshift_linear(x, packed, bias=None, arithmetic="float", activation_bits=(1
     if arithmetic == "int8":
         return linear_int8(x, _weights(packed, name, 2), bias, activation_bits)
     weights, fraction = _weights(packed, name, 2), _fraction(arithmetic, activation_bits, name)
-    call = _linear if is_plain_cpu(x, bias) else _linear_operator
+    call = _linear if is_plain(x, bias) else _linear_operator
     return call(x, *weights[:1], bias, *weights[1:], fraction)
 
 
@@ -78,7 +78,7 @@ def bitshift_conv2d(
     name = "bitshift_conv2d"
     weights, fraction = _weights(packed, name, 4), _fraction(arithmetic, activation_bits, name)
     stride, padding, dilation = _pair(stride, "stride", 1), _pair(padding, "padding", 0), _pair(dilation, "dilation", 1)
-    call = _conv2d if is_plain_cpu(x, bias) else _conv2d_operator
+    call = _conv2d if is_plain(x, bias) else _conv2d_operator
     return call(x, *weights[:1], bias, *weights[1:], stride, padding, dilation, groups, fraction)
 
 

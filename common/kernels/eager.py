@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 
-def is_plain_cpu(*tensors):
+def is_plain(*tensors):
     """Whether nothing watches or transforms a call with these tensors (or None), so that the operator would only call
-    its kernel: ordinary tensors, the first on the CPU, no gradient, no torch.compile, no mode, no functorch."""
+    its kernel: ordinary tensors on a CPU or a GPU, no gradient, no torch.compile, no mode, no functorch."""
     tensors = [tensor for tensor in tensors if tensor is not None]
     if any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors) or torch.compiler.is_compiling():
         return False
     wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return tensors[0].device.type == "cpu" and not wants_gradient and not _is_watched(tensors)
+    return not wants_gradient and (tensors[0].is_cpu or tensors[0].is_cuda) and not _is_watched(tensors)
 
 
 def reason(error):
@@ -27,6 +27,7 @@ def _is_watched(tensors):
             or c._len_torch_function_stack()
             or torch.autograd.forward_ad._current_level >= 0
             or any(c._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
+            or any(tensor.is_neg() or tensor.is_conj() for tensor in tensors)  # the dispatcher makes these real
             or torch.jit.is_tracing()
             or torch.autograd._profiler_enabled()
         )

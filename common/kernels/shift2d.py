@@ -10,7 +10,7 @@ import logging
 import torch
 from torch import Tensor
 
-from common.kernels.eager import reason
+from common.kernels.eager import is_plain, reason
 
 _log = logging.getLogger("effnets")
 
@@ -26,6 +26,8 @@ def shift2d(x: Tensor, kernel_size: int = 3, dilation: int = 1) -> Tensor:
     the last C mod k*k channels are copied. Differentiable any number of times; keeps its dtype under autocast.
     Raises TypeError for an argument of the wrong type, ValueError unless x is 4-D, kernel_size and dilation at least 1.
     """
+    if isinstance(x, Tensor) and is_plain(x):
+        return _shift2d(x, kernel_size, dilation, 1)
     _check(x, kernel_size, dilation)
     return _operator(x, kernel_size, dilation, 1)
 

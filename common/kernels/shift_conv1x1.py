@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.kernels.eager import is_plain_cpu, reason
+from common.kernels.eager import is_plain, reason
 from common.kernels.shift2d import memory_format_of, shift2d
 
 _log = logging.getLogger("effnets")
@@ -28,7 +28,7 @@ def shift_conv1x1(x, weight, bias=None, stride=1, kernel_size=3, dilation=1):
     """
     if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
         return F.conv2d(shift2d(x, kernel_size, dilation), weight, bias, stride)
-    call = _shift_conv1x1 if is_plain_cpu(x, weight, bias) else _operator
+    call = _shift_conv1x1 if is_plain(x, weight, bias) else _operator
     return call(x, weight, bias, stride, kernel_size, dilation)
 
 
