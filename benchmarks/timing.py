@@ -32,8 +32,8 @@ def parser(doc):
     options.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     options.add_argument("--repeats", type=_positive, default=50, help="timed runs of each candidate (default: 50)")
     options.add_argument("--warmup", type=_positive, default=5, help="untimed runs of each candidate (default: 5)")
-    help_seconds = "a candidate too slow for all its runs in this time makes fewer, at least 3 (default: 10)"
-    options.add_argument("--max-seconds", type=_positive, default=10, help=help_seconds)
+    help_seconds = "a candidate too slow for all its runs in this time makes fewer, at least 3 (default: 60)"
+    options.add_argument("--max-seconds", type=_positive, default=60, help=help_seconds)
     options.add_argument("--threads", type=_positive, help="torch.set_num_threads (default: torch's own choice)")
     options.add_argument("--no-rotate", action="store_true", help="the same buffer each time, cached if it fits")
     options.add_argument("--no-csv", action="store_true", help="print only; do not write benchmarks/results/*.csv")

@@ -29,6 +29,12 @@ from shiftresnet.training import RECIPES, Training, changed_flags, train
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    _add_original_flags(parser)
+    _add_our_flags(parser.add_argument_group("added in this repository"))
+    return parser
+
+
+def _add_original_flags(parser):
     parser.add_argument("--lr", type=float, default=0.1, help="initial learning rate (default: %(default)s)")
     parser.add_argument(
         "--resume", "-r", action="store_true", help="go on after the last finished epoch of the same command"
@@ -76,7 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where data sets are, downloaded there if missing (default: %(default)s)",
     )
-    extra = parser.add_argument_group("added in this repository")
+
+
+def _add_our_flags(extra):
     extra.add_argument(
         "--recipe",
         default="final",
@@ -104,7 +112,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="for sweeps: start, go on, or do nothing if this run is finished already",
     )
     extra.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
 
 
 def parse_args(argv=None) -> tuple[argparse.Namespace, Config]:

@@ -193,44 +193,15 @@ class Training:
 
 def train(training: Training, run: Run, loaders) -> dict:
     """All remaining epochs. Returns the result: accuracy of the last epoch, and the best, chosen on the test set."""
-    args, world, (train_loader, test_loader) = training.args, training.world, loaders
-    model, test_top1 = training.wrapped(), None
+    args, model, test_top1 = training.args, training.wrapped(), None
     for epoch in range(training.first_epoch, args.epochs):
-        if world.is_main:
+        if training.world.is_main:
             print(f"\nEpoch: {epoch}", flush=True)
-        start, rate = time.monotonic(), learning_rate(args, epoch)
-        train_loader.set_epoch(epoch)
-        train_loss, train_top1 = engine.train_one_epoch(
-            model,
-            train_loader,
-            training.new_optimizer(rate),
-            epoch=epoch,
-            world=world,
-            amp_dtype=training.amp_dtype,
-            scaler=training.scaler,
-        )
-        train_seconds = time.monotonic() - start
-        test_loss, test_top1 = engine.evaluate(training.net, test_loader, world=world)
-        training.seconds += time.monotonic() - start
+        row = _run_epoch(training, model, loaders, epoch)
+        test_top1 = row["test_top1"]
         if test_top1 > training.best["acc"]:
-            training.best = {"acc": test_top1, "epoch": epoch}
-            if world.is_main:
-                print("Saving..")
-            run.save_best(training.best_payload(test_top1, epoch))
-            if world.is_main:
-                print(f"* Saved checkpoint to {run.best_path}", flush=True)
-        run.log_epoch(
-            {
-                "epoch": epoch,
-                "lr": rate,
-                "train_loss": train_loss,
-                "train_top1": train_top1,
-                "test_loss": test_loss,
-                "test_top1": test_top1,
-                "seconds": time.monotonic() - start,
-                "images_per_second": train_loader.num_images / train_seconds,
-            }
-        )
+            _save_best(training, run, test_top1, epoch)
+        run.log_epoch(row)
         run.save_last(training.last_payload(test_top1, epoch))
     if test_top1 is None:  # resumed after the last epoch: nothing left to train
         state = run.load_last()
@@ -248,3 +219,42 @@ def train(training: Training, run: Run, loaders) -> dict:
         "seconds": training.seconds,
         "checkpoint": run.best_path,
     }
+
+
+def _run_epoch(training, model, loaders, epoch) -> dict:
+    """Train and test once. Returns the line of metrics.jsonl."""
+    train_loader, test_loader = loaders
+    start, rate = time.monotonic(), learning_rate(training.args, epoch)
+    train_loader.set_epoch(epoch)
+    train_loss, train_top1 = engine.train_one_epoch(
+        model,
+        train_loader,
+        training.new_optimizer(rate),
+        epoch=epoch,
+        world=training.world,
+        amp_dtype=training.amp_dtype,
+        scaler=training.scaler,
+    )
+    train_seconds = time.monotonic() - start
+    test_loss, test_top1 = engine.evaluate(training.net, test_loader, world=training.world)
+    seconds = time.monotonic() - start
+    training.seconds += seconds
+    return {
+        "epoch": epoch,
+        "lr": rate,
+        "train_loss": train_loss,
+        "train_top1": train_top1,
+        "test_loss": test_loss,
+        "test_top1": test_top1,
+        "seconds": seconds,
+        "images_per_second": train_loader.num_images / train_seconds,
+    }
+
+
+def _save_best(training, run, top1, epoch):
+    training.best = {"acc": top1, "epoch": epoch}
+    if training.world.is_main:
+        print("Saving..")
+    run.save_best(training.best_payload(top1, epoch))
+    if training.world.is_main:
+        print(f"* Saved checkpoint to {run.best_path}", flush=True)
