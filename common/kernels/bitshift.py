@@ -29,7 +29,7 @@ from common.kernels.bitshift_reference import (
     linear_reference,
     wide,
 )
-from common.kernels.eager import is_plain, reason
+from common.kernels.eager import is_plain, loaded
 from common.kernels.shift2d import memory_format_of
 
 __all__ = ["PackedShiftWeights", "bitshift_conv2d", "bitshift_linear", "overflow_count", "pack_shift_weights"]
@@ -221,26 +221,12 @@ def _fixed(x, bias, fraction, exact_sums, channel):
 
 @functools.cache
 def _cpu_kernels():
-    try:
-        from common.kernels import bitshift_cpu
-
-        bitshift_cpu.load()
-    except Exception as error:  # whatever is wrong with an optional library must not stop the run
-        _log.warning("bitshift: plain PyTorch on the CPU, which is slower: numba: %s", reason(error))
-        return None
-    return bitshift_cpu
+    return loaded("bitshift_cpu", "bitshift: plain PyTorch on the CPU, which is slower: numba")
 
 
 @functools.cache
 def _cuda_kernels():
-    try:
-        from common.kernels import bitshift_cuda
-
-        bitshift_cuda.load()
-    except Exception as error:
-        _log.warning("bitshift: plain PyTorch on CUDA, which is slower: CuPy: %s", reason(error))
-        return None
-    return bitshift_cuda
+    return loaded("bitshift_cuda", "bitshift: plain PyTorch on CUDA, which is slower: CuPy")
 
 
 _KERNELS = {"cpu": _cpu_kernels, "cuda": _cuda_kernels}

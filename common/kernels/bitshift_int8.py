@@ -6,18 +6,16 @@ is rounded: the sums are int32 and exact. (DeepShift, Sec. 3, and S3, Sec. 3, fo
 """
 
 import functools
-import logging
 
 import torch
 from torch import Tensor
 
 from common.kernels.bitshift_pack import code_bytes
 from common.kernels.bitshift_reference import Weights, linear_int8_reference, wide
-from common.kernels.eager import reason
+from common.kernels.eager import loaded
 
 MOST_LEVELS = 7  # magnitudes 1 to 64
 MOST_TERMS = 2**17  # of a sum: 128 * 64 * MOST_TERMS is 2**30
-_log = logging.getLogger("effnets")
 
 
 def linear_int8(x, weights, bias, activation_bits):
@@ -88,14 +86,7 @@ def _check_bias(x, weights, bias):
 
 @functools.cache
 def _cuda_kernels():
-    try:
-        from common.kernels import bitshift_int8_cuda
-
-        bitshift_int8_cuda.load()
-    except Exception as error:  # whatever is wrong with an optional library must not stop the run
-        _log.warning("bitshift: plain PyTorch for int8 on CUDA: CuPy: %s", reason(error))
-        return None
-    return bitshift_int8_cuda
+    return loaded("bitshift_int8_cuda", "bitshift: plain PyTorch for int8 on CUDA: CuPy")
 
 
 @torch.library.custom_op("effnets::bitshift_linear_int8", mutates_args=())

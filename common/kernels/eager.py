@@ -1,7 +1,12 @@
 """For operators written in Python: whether a call needs the dispatcher, 20 to 40 us each, and why a path is closed."""
 
+import importlib
+import logging
+
 import torch
 from torch import Tensor
+
+_log = logging.getLogger("effnets")
 
 
 def is_plain(*tensors):
@@ -14,9 +19,18 @@ def is_plain(*tensors):
     return not wants_gradient and (tensors[0].is_cpu or tensors[0].is_cuda) and not _is_watched(tensors)
 
 
-def reason(error):
-    """An error in one line."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+def loaded(module, instead):
+    """common.kernels.<module> with its kernels loaded, or None: then `instead` and the reason go to the log, in a line.
+
+    Whatever is wrong with an optional library must not stop the run.
+    """
+    try:
+        kernels = importlib.import_module(f"common.kernels.{module}")
+        kernels.load()
+    except Exception as error:
+        _log.warning("%s: %s: %s", instead, type(error).__name__, str(error).partition("\n")[0])
+        return None
+    return kernels
 
 
 def _is_watched(tensors):

@@ -6,15 +6,12 @@ own layers where these are missing. Forward only.
 """
 
 import functools
-import logging
 
 import torch
 import torch.nn.functional as F
 
 from common.kernels.bitshift_pack import output_size
-from common.kernels.eager import reason
-
-_log = logging.getLogger("effnets")
+from common.kernels.eager import loaded
 
 
 def multiply_linear(x, weight, bias=None):
@@ -57,17 +54,7 @@ def _check_conv2d(x, weight, bias, stride, padding, dilation, groups):
 @functools.cache
 def _kernels(device_type):
     module = {"cpu": "multiply_cpu", "cuda": "multiply_cuda"}.get(device_type)
-    if module is None:
-        return None
-    try:
-        import importlib
-
-        kernels = importlib.import_module(f"common.kernels.{module}")
-        kernels.load()
-    except Exception as error:  # whatever is wrong with an optional library must not stop the run
-        _log.warning("multiply: PyTorch's own layers on %s: %s", device_type, reason(error))
-        return None
-    return kernels
+    return module and loaded(module, f"multiply: PyTorch's own layers on {device_type}")
 
 
 def _add(y, bias, shape):

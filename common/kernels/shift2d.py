@@ -5,14 +5,11 @@
 """
 
 import functools
-import logging
 
 import torch
 from torch import Tensor
 
-from common.kernels.eager import is_plain, reason
-
-_log = logging.getLogger("effnets")
+from common.kernels.eager import is_plain, loaded
 
 
 def shift2d(x: Tensor, kernel_size: int = 3, dilation: int = 1) -> Tensor:
@@ -71,26 +68,14 @@ def memory_format_of(x):
 
 @functools.cache
 def _cpu_kernel():
-    try:
-        from common.kernels import shift2d_cpu
-
-        shift2d_cpu.load()
-    except Exception as error:  # whatever is wrong with an optional library must not stop the run
-        _log.warning("shift2d: plain PyTorch on the CPU, which is slower: numba: %s", reason(error))
-        return None
-    return shift2d_cpu.shift2d_cpu
+    kernels = loaded("shift2d_cpu", "shift2d: plain PyTorch on the CPU, which is slower: numba")
+    return kernels and kernels.shift2d_cpu
 
 
 @functools.cache
 def _cuda_kernel():
-    try:
-        from common.kernels import shift2d_cuda
-
-        shift2d_cuda.load()
-    except Exception as error:
-        _log.warning("shift2d: plain PyTorch on CUDA, which is slower: CuPy: %s", reason(error))
-        return None
-    return shift2d_cuda.shift2d_cuda
+    kernels = loaded("shift2d_cuda", "shift2d: plain PyTorch on CUDA, which is slower: CuPy")
+    return kernels and kernels.shift2d_cuda
 
 
 def _shift2d(x, kernel_size, dilation, direction):

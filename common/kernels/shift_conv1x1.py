@@ -6,16 +6,13 @@ the shifted tensor is never written.
 """
 
 import functools
-import logging
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.kernels.eager import is_plain, reason
+from common.kernels.eager import is_plain, loaded
 from common.kernels.shift2d import memory_format_of, shift2d
-
-_log = logging.getLogger("effnets")
 
 
 def shift_conv1x1(x, weight, bias=None, stride=1, kernel_size=3, dilation=1):
@@ -61,26 +58,14 @@ def _output(x, weight, stride):
 
 @functools.cache
 def _cpu_kernel():
-    try:
-        from common.kernels import shift_conv1x1_cpu
-
-        shift_conv1x1_cpu.load()
-    except Exception as error:  # whatever is wrong with an optional library must not stop the run
-        _log.warning("shift_conv1x1: not fused on the CPU: %s", reason(error))
-        return None
-    return shift_conv1x1_cpu.shift_conv1x1_cpu
+    kernels = loaded("shift_conv1x1_cpu", "shift_conv1x1: not fused on the CPU")
+    return kernels and kernels.shift_conv1x1_cpu
 
 
 @functools.cache
 def _cuda_kernel():
-    try:
-        from common.kernels import shift_conv1x1_cuda
-
-        shift_conv1x1_cuda.load()
-    except Exception as error:
-        _log.warning("shift_conv1x1: not fused on CUDA: %s", reason(error))
-        return None
-    return shift_conv1x1_cuda.shift_conv1x1_cuda
+    kernels = loaded("shift_conv1x1_cuda", "shift_conv1x1: not fused on CUDA")
+    return kernels and kernels.shift_conv1x1_cuda
 
 
 _KERNELS = {"cpu": _cpu_kernel, "cuda": _cuda_kernel}
