@@ -87,13 +87,12 @@ def test_any_number_of_threads_gives_the_same_bits():
     assert torch.equal(*results)
 
 
-def test_the_kernel_runs():
+def test_the_kernel_runs(monkeypatch):
     """Where numba and the processor allow it the shifted tensor is not made: the kernel says that it did the work."""
     pytest.importorskip("numba")
     kernel = module._cpu_kernel()
     assert kernel is not None, "it does not compile"
-    if torch.backends.cpu.get_cpu_capability() != "AVX2":
-        pytest.skip("the fused kernel is for processors with AVX2 and no longer vectors")
+    monkeypatch.setattr(importlib.import_module("common.kernels.shift_conv1x1_cpu"), "equals_library", lambda: True)
     x, weight, bias = random_case((2, 48, 32, 32), 16)
     y = torch.full((2, 16, 32, 32), float("nan")).contiguous(memory_format=torch.channels_last)
     assert kernel(x, weight, bias, y, 1, 3, 1)
