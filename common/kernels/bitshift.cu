@@ -39,8 +39,11 @@ struct Quad {
 
   __device__ Quad(const Word* block, int group, int word)
       : low(block[group / per_byte * 8 + word] >> group % per_byte * width),
-        sign(bits > width ? block[width * 8 + word] << group : 0),
-        high(bits > 5 ? block[width * 8 + 8 + word] << group : 0) {}
+        sign(bits > width ? block[width * 8 + word] << to_top(group) : 0),
+        high(bits > 5 ? block[width * 8 + 8 + word] << to_top(group) : 0) {}
+
+  // From the group's bit in a byte of a one-bit plane to bit 7.
+  static __device__ int to_top(int group) { return 7 - (group % per_byte * width + group / per_byte); }
 
   __device__ Code code(int byte) const {
     const int bit = 8 * byte, value = low >> bit & ((1 << width) - 1);

@@ -54,8 +54,9 @@ def bitshift_linear(x, packed, bias=None, arithmetic="float", activation_bits=(1
     if arithmetic == "int8":
         return linear_int8(x, _weights(packed, name, 2), bias, activation_bits)
     weights, fraction = _weights(packed, name, 2), _fraction(arithmetic, activation_bits, name)
-    call = _linear if is_plain(x, bias) else _linear_operator
-    return call(x, *weights[:1], bias, *weights[1:], fraction)
+    if is_plain(x, bias):
+        return _linear(x, weights, bias, fraction)
+    return _linear_operator(x, weights.codes, bias, *weights[1:], fraction)
 
 
 def bitshift_conv2d(
@@ -78,8 +79,10 @@ def bitshift_conv2d(
     name = "bitshift_conv2d"
     weights, fraction = _weights(packed, name, 4), _fraction(arithmetic, activation_bits, name)
     stride, padding, dilation = _pair(stride, "stride", 1), _pair(padding, "padding", 0), _pair(dilation, "dilation", 1)
-    call = _conv2d if is_plain(x, bias) else _conv2d_operator
-    return call(x, *weights[:1], bias, *weights[1:], stride, padding, dilation, groups, fraction)
+    geometry = stride, padding, dilation, groups
+    if is_plain(x, bias):
+        return _conv2d(x, weights, bias, *geometry, fraction)
+    return _conv2d_operator(x, weights.codes, bias, *weights[1:], *geometry, fraction)
 
 
 def overflow_count(reset=False):
@@ -238,20 +241,21 @@ def _kernels(x):
     return find() if find and x.dtype != torch.float64 else None
 
 
-def _linear(x, codes, bias, shape, bits, base, zero, fraction):
-    weights = Weights(codes, tuple(shape), bits, base, zero)
+def _linear(x, weights, bias, fraction):
     _check_linear(x, weights, bias, fraction)
     kernels = _kernels(x)
     if fraction != FLOAT:
         return _fixed(x, bias, fraction, lambda integers: _linear_sums(kernels, integers, weights), -1)
     if kernels is None:
         return linear_reference(x, weights, bias)
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if x.is_cuda:  # its kernels take x's dtype and the bias
-        return kernels.linear(rows, weights, bias).reshape((*x.shape[:-1], shape[0]))
-    y = kernels.linear(rows.float(), weights)
-    y = (y + bias if bias is not None else y).to(x.dtype)
-    return y.reshape((*x.shape[:-1], shape[0])).contiguous()
+        y = kernels.linear(rows, weights, bias)
+    else:
+        y = kernels.linear(rows if x.dtype == torch.float32 else rows.float(), weights)
+        y = y if bias is None else y + bias
+        y = (y if y.dtype == x.dtype else y.to(x.dtype)).contiguous()
+    return y if x.dim() == 2 else y.reshape((*x.shape[:-1], weights.shape[0]))
 
 
 def _linear_sums(kernels, integers, weights):
@@ -267,8 +271,7 @@ def _conv2d_sums(kernels, integers, weights, geometry):
     return conv2d_fixed_reference(integers, weights, *geometry) if sums is None else sums
 
 
-def _conv2d(x, codes, bias, shape, bits, base, zero, stride, padding, dilation, groups, fraction):
-    weights = Weights(codes, tuple(shape), bits, base, zero)
+def _conv2d(x, weights, bias, stride, padding, dilation, groups, fraction):
     _check_conv2d(x, weights, bias, groups, fraction)
     output_size(x.shape, weights.shape, stride, padding, dilation)
     geometry, kernels = (stride, padding, dilation, groups), _kernels(x)
@@ -280,6 +283,15 @@ def _conv2d(x, codes, bias, shape, bits, base, zero, stride, padding, dilation, 
     if x.dtype == torch.float32 or x.is_cuda:
         return kernels.conv2d(x, weights, bias if x.is_cuda else as_wide(bias, x), *geometry)
     return kernels.conv2d(x.float(), weights, as_wide(bias, x), *geometry).to(x.dtype)
+
+
+def _linear_kernel(x, codes, bias, shape, bits, base, zero, fraction):
+    return _linear(x, Weights(codes, tuple(shape), bits, base, zero), bias, fraction)
+
+
+def _conv2d_kernel(x, codes, bias, shape, bits, base, zero, stride, padding, dilation, groups, fraction):
+    weights = Weights(codes, tuple(shape), bits, base, zero)
+    return _conv2d(x, weights, bias, stride, padding, dilation, groups, fraction)
 
 
 def _linear_fake(x, codes, bias, shape, bits, base, zero, fraction):
@@ -326,7 +338,7 @@ def _register(name, schema, kernel, fake):
 _library = torch.library.Library("effnets", "FRAGMENT")
 _packed = "Tensor x, Tensor codes, Tensor? bias, int[] shape, int bits, int base, bool zero"
 _geometry = "int[2] stride, int[2] padding, int[2] dilation, int groups"
-_linear_operator = _register("bitshift_linear", f"({_packed}, int fraction) -> Tensor", _linear, _linear_fake)
+_linear_operator = _register("bitshift_linear", f"({_packed}, int fraction) -> Tensor", _linear_kernel, _linear_fake)
 _conv2d_operator = _register(
-    "bitshift_conv2d", f"({_packed}, {_geometry}, int fraction) -> Tensor", _conv2d, _conv2d_fake
+    "bitshift_conv2d", f"({_packed}, {_geometry}, int fraction) -> Tensor", _conv2d_kernel, _conv2d_fake
 )

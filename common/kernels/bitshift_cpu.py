@@ -15,6 +15,7 @@ from numba import config
 from common.kernels import bitshift_cpu_kernels as kernels
 from common.kernels import threads
 from common.kernels.bitshift_pack import BLOCK, GROUP, code_values, in_order, low_bits, output_size
+from common.kernels.codes_cpu import small_exponent
 from common.kernels.product_cpu import WIDTH, equals_library, pad_entry
 from common.kernels.shift2d import memory_format_of
 
@@ -49,32 +50,34 @@ def _tables(bits, base, zero):
 
 
 def _run_panels(entry, bits, codes, tables, x, y, *more, scratch=0):
-    panels, blocks = y.shape[1] // GROUP, x.shape[1] // 8
+    rows, panels, blocks = x.shape[0], y.shape[1] // GROUP, x.shape[1] // 8
     arguments = bits, codes.data_ptr(), x.data_ptr(), y.data_ptr(), blocks, tables, *more
     # What an item costs is counted in bytes of codes; further rows of x make it dearer.
-    item_bytes = blocks * GROUP * (bits or 32) * max(1, len(x) // 4)
+    item_bytes = blocks * GROUP * (bits or 32) * max(1, rows // 4)
     threads.run(threads.compiled(entry), arguments, panels, item_bytes, scratch)
 
 
 def linear(x, weights):
     """float32 x (rows, in) @ weights.T -> (rows, out), float32. weights: of shape (out, in), on the CPU."""
-    rows, outputs = len(x), weights.shape[0]
+    rows, outputs = x.shape[0], weights.shape[0]
     if rows == 0 or 0 in weights.shape:
         return x.new_zeros(rows, outputs)
-    x = F.pad(x, (0, -x.shape[1] % 8)).contiguous()
+    x = (F.pad(x, (0, -x.shape[1] % 8)) if x.shape[1] % 8 else x).contiguous()
     if rows > MANY_ROWS:
         return _by_columns(x, weights)
-    y = x.new_zeros(rows, -(-outputs // GROUP) * GROUP)
-    tables, _ = _tables(weights.bits, weights.base, weights.zero)
+    y = x.new_empty(rows, -(-outputs // GROUP) * GROUP)
+    bits, codes, base, zero = weights.bits, weights.codes, weights.base, weights.zero
+    tables, _ = _tables(bits, base, zero)
     if rows == 1:
-        _run_panels(kernels.one_row_entry, weights.bits, weights.codes, tables, x, y)
+        more = int(zero), small_exponent(bits, base, zero)
+        _run_panels(kernels.one_row_entry, bits, codes, tables, x, y, *more, scratch=x.shape[1] * 4)
     else:
-        tables_of_rows = _terms(CHUNK, GROUP * 4)[0], _steps(rows, x.stride(0) * 4)[0], _steps(rows, y.stride(0) * 4)[0]
-        more = rows, CHUNK // 8, *tables_of_rows
+        more = _terms(CHUNK, GROUP * 4)[0], _steps(rows, x.stride(0) * 4)[0], _steps(rows, y.stride(0) * 4)[0]
+        scratch = CHUNK * GROUP * 4
         _run_panels(
-            kernels.many_rows_entry, weights.bits, weights.codes, tables, x, y, *more, scratch=CHUNK * GROUP * 4
+            kernels.many_rows_entry, bits, codes, tables, x, y.zero_(), rows, CHUNK // 8, *more, scratch=scratch
         )
-    return y[:, :outputs]
+    return y[:, :outputs] if outputs % GROUP else y
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,12 +1,27 @@
 """The CPU's bitshift kernels, compiled by numba: one row or many of x, convolutions, unpacking, and integers."""
 
+from llvmlite import ir
 from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from common.kernels.codes_cpu import dot, unpack
+from common.kernels.codes_cpu import SMALL_WEIGHTS, dot, unpack
 from common.kernels.product_cpu import product, to_panel
-from common.kernels.vectors import INTS, LONGS, broadcast, fetch_add, load, number, same, store
+from common.kernels.vectors import (
+    FLOAT,
+    FLOATS,
+    I32,
+    I64,
+    INTS,
+    LONGS,
+    broadcast,
+    fetch_add,
+    load,
+    number,
+    repeated,
+    same,
+    store,
+)
 
 
 @intrinsic
@@ -63,15 +78,66 @@ def _add_shifted(typing, shifts, inputs, x, y):
     return types.void(*[types.int64] * 4), codegen
 
 
+@intrinsic
+def _largest_field(typing, x, count):
+    """The largest exponent field, 0 to 255, of `count` times eight floats"""
+
+    def codegen(context, builder, signature, arguments):
+        x, count = arguments
+        largest = cgutils.alloca_once_value(builder, same(INTS, 0))
+        with cgutils.for_range(builder, count) as loop:
+            bits = load(builder, INTS, builder.add(x, builder.mul(loop.index, number(32))))
+            bits, old = builder.and_(bits, same(INTS, 0x7FFFFFFF)), builder.load(largest)
+            builder.store(builder.select(builder.icmp_signed(">", bits, old), bits, old), largest)
+        lanes = builder.load(largest)
+        highest, *others = (builder.extract_element(lanes, ir.Constant(I32, i)) for i in range(8))
+        for lane in others:
+            highest = builder.select(builder.icmp_signed(">", lane, highest), lane, highest)
+        return builder.zext(builder.lshr(highest, ir.Constant(I32, 23)), I64)
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _scale(typing, x, y, count, first, second):
+    """y = x * 2**first * 2**second, `count` times eight floats; first, second: -126 to 127"""
+
+    def codegen(context, builder, signature, arguments):
+        x, y, count, *exponents = arguments
+        factors = []
+        for exponent in exponents:
+            field = builder.shl(builder.add(exponent, number(127)), number(23))
+            factors.append(repeated(builder, FLOATS, builder.bitcast(builder.trunc(field, I32), FLOAT)))
+        with cgutils.for_range(builder, count) as loop:
+            offset = builder.mul(loop.index, number(32))
+            value = load(builder, FLOATS, builder.add(x, offset))
+            for factor in factors:
+                value = builder.fmul(value, factor)
+            store(builder, value, builder.add(y, offset))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), codegen
+
+
 @njit
-def _one_row(counters, grain, panels, bits, codes, x, y, blocks, tables):
-    # One item is a panel: 32 outputs of the one row of x.
-    size = blocks * 32 * bits
+def _one_row(counters, scratch, grain, panels, bits, codes, x, y, blocks, tables, zero, exponent):
+    # One item is a panel: 32 outputs of the one row of x. scratch: x as small weights need it, in float32's upper half.
+    size, first, second = blocks * 32 * bits, 0, 0
+    if bits in SMALL_WEIGHTS:
+        field = _largest_field(x, blocks)
+        up = min(max(0, 252 - field), 127) if field < 255 else 0  # to less than 2**126; not infinity nor NaN
+        _scale(x, scratch, blocks, up, 0)
+        x, exponent = scratch, exponent - up
+        first = min(max(-126, exponent), 127)
+        second = exponent - first
     while True:
-        first = fetch_add(counters, grain)
-        for panel in range(first, min(first + grain, panels)):
-            dot(bits, codes + panel * size, x, y + panel * 128, blocks, tables)
-        if first + grain >= panels:
+        start = fetch_add(counters, grain)
+        for panel in range(start, min(start + grain, panels)):
+            target = y + panel * 128
+            dot(bits, zero, codes + panel * size, x, target, blocks, tables)
+            if first or second:
+                _scale(target, target, 4, first, second)
+        if start + grain >= panels:
             return
 
 
@@ -158,8 +224,9 @@ def fixed_rows_entry(arguments):
 
 
 def one_row_entry(arguments):
-    a = carray(arguments, 11)
-    _one_row(a[0], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10])
+    a = carray(arguments, 13)
+    scratch = a[1] + a[2] * fetch_add(a[0] + 8, 1)
+    _one_row(a[0], scratch, a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12])
 
 
 def many_rows_entry(arguments):

@@ -76,10 +76,10 @@ __device__ inline int row_of_byte(int byte) { return byte / 8 % 2 * 16 + byte % 
 
 // Words `first` and following of one block, for the inputs 2 * pair and 2 * pair + 1: as stored, then aligned: of every
 // byte, low bits of the first input at bit 0, of the other at bit `width`; sign and fifth bit, where they have planes of
-// their own, at bits 7 and 6.
+// their own, at bits 7 - `width` and 7.
 template <int bits, int words>
 struct Codes {
-  static constexpr int width = bits >= 4 ? 4 : 2;
+  static constexpr int width = bits >= 4 ? 4 : 2, pairs = 4 / width;  // in a byte
   Words<words> low = {}, sign = {}, high = {};
 
   __device__ void load(const Word* block, int first, int pair) {
@@ -89,11 +89,12 @@ struct Codes {
   }
 
   __device__ Codes aligned(int pair) const {
+    const int bit = pair % pairs * 2 * width + pair / pairs;  // of the first input, in planes of one bit
     Codes result = *this;
     for (int i = 0; i < words; ++i) {
       if (width == 2) result.low.at[i] >>= pair % 2 * 4;
-      if (bits != width) result.sign.at[i] <<= 2 * pair;
-      if (bits == 6) result.high.at[i] <<= 2 * pair;
+      if (bits != width) result.sign.at[i] <<= 7 - width - bit;
+      if (bits == 6) result.high.at[i] <<= 7 - width - bit;
     }
     return result;
   }
@@ -110,11 +111,11 @@ __device__ inline void decode(const Codes<bits, words>& a, const Codes<bits, wor
   Word even_exponent = low << shift & mask * both, odd_exponent = low << (shift - width) & mask * both;
   if (bits == 6) {
     const Word high = __byte_perm(a.high.at[i], b.high.at[i], select);
-    even_exponent |= high >> (11 - shift) & (16u << shift) * both;
-    odd_exponent |= high >> (10 - shift) & (16u << shift) * both;
+    even_exponent |= high << (shift - 7) & (16u << shift) * both;
+    odd_exponent |= high >> (11 - shift) & (16u << shift) * both;
   }
   const Word sign = bits == width ? low : __byte_perm(a.sign.at[i], b.sign.at[i], select);
-  const Word even_sign = sign << (bits == width ? 8 - width : 0), odd_sign = sign << (bits == width ? 8 - 2 * width : 1);
+  const Word even_sign = sign << (bits == width ? 8 - width : width), odd_sign = sign << (bits == width ? 8 - 2 * width : 0);
   even = Format::scaled(Format::moved(even_exponent, offset) | (even_sign & minus_zero), scale);
   odd = Format::scaled(Format::moved(odd_exponent, offset) | (odd_sign & minus_zero), scale);
 }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 BLOCK, GROUP = 256, 32
 SCHEMES = ("PS", "Q", "S3")
-VERSION = 2
+VERSION = 3
 # Byte of a group that holds its i-th weight. Interleaving two bytes per weight (the upper half of a float) within each
 # 16-byte half, then spreading even and odd pairs, yields four vectors of eight floats: weights 0-7, 8-15, 16-23, 24-31.
 _BYTE_OF = [i % 8 // 4 * 16 + i // 16 * 8 + i % 4 * 2 + i // 8 % 2 for i in range(GROUP)]
@@ -217,6 +217,22 @@ def _plane_bits(bits):
     return [bits - 1, *range(low_bits(bits), bits - 1)] if bits != low_bits(bits) else []
 
 
+def plane_order(bits):
+    """Bit of a one-bit plane's bytes that each of the eight groups has.
+
+    Moved right by the number of the group's vector of the first plane, it is where the group's low bits are in that
+    vector: with both bytes in one word, the plane's bit is eight places above the low bits, as a float's sign is above
+    the lower bits of its exponent.
+    """
+    width = low_bits(bits)
+    per_byte = 8 // width
+    return [width * (group % per_byte) + group // per_byte for group in range(8)]
+
+
+def _plane_order(bits, device):
+    return torch.tensor(plane_order(bits), device=device)[:, None]
+
+
 def _interleave(code, bits):
     """(blocks, 8, 32) int codes -> 1-D uint8."""
     device, width = code.device, low_bits(bits)
@@ -225,7 +241,7 @@ def _interleave(code, bits):
     per_byte = 8 // width
     low = (code & (2**width - 1)).view(-1, 8 // per_byte, per_byte, GROUP)
     low = (low << (width * torch.arange(per_byte, device=device))[:, None]).sum(2)
-    order = (7 - torch.arange(8, device=device))[:, None]
+    order = _plane_order(bits, device)
     planes = [((code >> bit & 1) << order).sum(1, keepdim=True) for bit in _plane_bits(bits)]
     return torch.cat([low, *planes], dim=1).to(torch.uint8).flatten()
 
@@ -236,7 +252,7 @@ def _deinterleave(codes, bits):
     vectors = codes.view(-1, bits, GROUP).int()
     shifts = (width * torch.arange(8 // width, device=device))[:, None]
     code = (vectors[:, :width, None] >> shifts & (2**width - 1)).reshape(-1, 8, GROUP)
-    order = (7 - torch.arange(8, device=device))[:, None]
+    order = _plane_order(bits, device)
     for plane, bit in enumerate(_plane_bits(bits), start=width):
         code = code | (vectors[:, plane : plane + 1] >> order & 1) << bit
     return code[:, :, torch.tensor(_BYTE_OF, device=device)]

@@ -5,6 +5,10 @@ sign, exponent and the mantissa's first bit, all that a power of two needs; inte
 shifting the even ones up, masking the odd ones, 32 floats. With AVX2 a table is one byte shuffle for 32 codes;
 elsewhere the bytes are computed. Linear layers have 32 outputs in the lanes and take one input at a time, so that an
 input is loaded once and no lane is ever summed with another.
+
+Codes of up to 5 bits go faster into a sum: a magnitude in the lowest bits of a float's exponent is a power of two near
+the smallest float, or 0. Beside its sign (`plane_order`), one shift and one AND make it one. Sums of such small weights
+are scaled once, and x before, so that its products stay away from the ends of float32.
 """
 
 from llvmlite import ir
@@ -13,7 +17,7 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from common.kernels.bitshift_pack import GROUP, low_bits
+from common.kernels.bitshift_pack import GROUP, low_bits, plane_order
 from common.kernels.vectors import (
     BYTES,
     FLOATS,
@@ -31,6 +35,7 @@ from common.kernels.vectors import (
     store,
 )
 
+SMALL_WEIGHTS = (2, 3, 4, 5)  # bits of codes that `dot` takes for small weights
 AHEAD = 2048  # bytes of codes that are asked for in advance: a tenth faster than what the processor foresees itself
 
 
@@ -96,6 +101,11 @@ class _Tables:
         return top, rest
 
 
+def _pairs(first):
+    """Order of a shuffle that puts bytes of two vectors together, from byte `first` of each half on."""
+    return [byte for half in (0, 16) for i in range(first, first + 8) for byte in (half + i, 32 + half + i)]
+
+
 def _groups(builder, bits, codes, tables):
     """The eight groups of the block at `codes`, one after the other, each four vectors of eight floats."""
     width = low_bits(bits)
@@ -105,36 +115,74 @@ def _groups(builder, bits, codes, tables):
     for group in range(8):
         index = _shift_bytes(builder, low[group // per_byte], -width * (group % per_byte))
         index = builder.and_(index, same(BYTES, 2**width - 1))
-        sign, high = [*(_shift_bytes(builder, plane, group) for plane in planes), None, None][:2]
+        to_top = 7 - plane_order(bits)[group]
+        sign, high = [*(_shift_bytes(builder, plane, to_top) for plane in planes), None, None][:2]
         top, rest = tables.look_up(index, sign, high)
         vectors = []
         for first in (0, 8):
-            order = [byte for half in (0, 16) for i in range(first, first + 8) for byte in (half + i, 32 + half + i)]
-            pairs = builder.bitcast(shuffle(builder, rest, top, order), INTS)
+            pairs = builder.bitcast(shuffle(builder, rest, top, _pairs(first)), INTS)
             vectors += [builder.shl(pairs, same(INTS, 16)), builder.and_(pairs, same(INTS, 0xFFFF0000))]
         yield [builder.bitcast(vector, FLOATS) for vector in vectors]
 
 
-def _make_dot(bits):
+def _small_groups(builder, bits, zero, codes):
+    """As `_groups`, each weight as +-2**(m - 127), or 0 for m = 0; without a zero as +-2**(m + 2**(bits - 1) - 127)."""
+    width = low_bits(bits)
+    low = [load(builder, BYTES, codes, 32 * i) for i in range(width)]
+    magnitudes, offset = 2 ** (bits - 1) - 1, 0 if zero else 2 ** (bits - 1)
+    fields = same(INTS, 2**31 | (magnitudes | offset) << 23)
+    for index, plane in enumerate(low):
+        if bits == width:
+            signs = _shift_bytes(builder, plane, 1 - width)
+        else:
+            signs = _shift_bytes(builder, load(builder, BYTES, codes, 32 * width), -index)
+        if not zero and bits == width:  # the sign's bit is free here
+            plane = builder.or_(plane, same(BYTES, 0x88 if width == 4 else 0xAA))
+        halves = [builder.bitcast(shuffle(builder, plane, signs, _pairs(first)), INTS) for first in (0, 8)]
+        for place in range(0, 8, width):
+            factor = ir.Constant(WORDS, [0, 1 << (7 - place)] * 8)  # some ports of a processor multiply, others shift
+            weights = []
+            for half in halves:
+                upper = builder.mul(builder.bitcast(half, WORDS), factor)
+                weights += [builder.shl(half, same(INTS, 23 - place)), builder.bitcast(upper, INTS)]
+            if not zero and bits != width:
+                weights = [builder.or_(weight, same(INTS, offset << 23)) for weight in weights]
+            weights = [builder.and_(weight, fields) for weight in weights]
+            yield [builder.bitcast(weight, FLOATS) for weight in weights]
+
+
+def small_exponent(bits, base, zero):
+    """Exponent of the power of two by which `dot`'s small weights are to be multiplied, 0 where they are not small."""
+    return base + 127 - (0 if zero else 2 ** (bits - 1)) if bits in SMALL_WEIGHTS else 0
+
+
+def _make_dot(bits, zero):
     @intrinsic
     def sums(typing, codes, x, y, blocks, tables):
         """y[:32] = sum of the weights times x, over `blocks` times 8 inputs"""
 
         def codegen(context, builder, signature, arguments):
             codes, x, y, blocks, tables = arguments
-            tables = _Tables(builder, bits, tables, _has_byte_shuffle())
-            sums = [cgutils.alloca_once_value(builder, same(FLOATS, 0.0)) for _ in range(4)]
+            small = bits in SMALL_WEIGHTS
+            if not small:
+                tables = _Tables(builder, bits, tables, _has_byte_shuffle())
+            # Two of each sum: an addition takes longer than decoding what it adds.
+            sums = [[cgutils.alloca_once_value(builder, same(FLOATS, 0.0)) for _ in range(4)] for _ in range(2)]
             with cgutils.for_range(builder, blocks) as loop:
                 block = builder.add(codes, builder.mul(loop.index, ir.Constant(I64, GROUP * bits)))
                 inputs = builder.add(x, builder.mul(loop.index, ir.Constant(I64, 8 * 4)))
                 for line in range(0, GROUP * bits, 64):
                     prefetch(builder, at(builder, block, AHEAD + line))
-                for group, weights in enumerate(_groups(builder, bits, block, tables)):
+                if small:
+                    groups = _small_groups(builder, bits, zero, block)
+                else:
+                    groups = _groups(builder, bits, block, tables)
+                for group, weights in enumerate(groups):
                     value = broadcast(builder, FLOATS, inputs, 4 * group)
-                    for weight, total in zip(weights, sums, strict=True):
+                    for weight, total in zip(weights, sums[group % 2], strict=True):
                         builder.store(multiply_add(builder, weight, value, builder.load(total)), total)
-            for i, total in enumerate(sums):
-                store(builder, builder.load(total), y, 32 * i)
+            for i, (even, odd) in enumerate(zip(*sums, strict=True)):
+                store(builder, builder.fadd(builder.load(even), builder.load(odd)), y, 32 * i)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 5), codegen
@@ -164,22 +212,34 @@ def _make_unpack(bits):
     return floats
 
 
-_dot2, _dot3, _dot4, _dot5, _dot6 = map(_make_dot, range(2, 7))
+_zero2, _zero3, _zero4, _zero5 = (_make_dot(bits, True) for bits in SMALL_WEIGHTS)
+_full2, _full3, _full4, _full5 = (_make_dot(bits, False) for bits in SMALL_WEIGHTS)
+_dot6 = _make_dot(6, None)
 _unpack2, _unpack3, _unpack4, _unpack5, _unpack6 = map(_make_unpack, range(2, 7))
 
 
 @njit
-def dot(bits, codes, x, y, blocks, tables):
-    if bits == 2:
-        _dot2(codes, x, y, blocks, tables)
-    elif bits == 3:
-        _dot3(codes, x, y, blocks, tables)
-    elif bits == 4:
-        _dot4(codes, x, y, blocks, tables)
-    elif bits == 5:
-        _dot5(codes, x, y, blocks, tables)
-    else:
+def dot(bits, zero, codes, x, y, blocks, tables):
+    """y[:32] = sum of the weights, or of small ones (`small_exponent`), times x, over `blocks` times 8 inputs"""
+    if bits == 6:
         _dot6(codes, x, y, blocks, tables)
+    elif zero:
+        if bits == 2:
+            _zero2(codes, x, y, blocks, tables)
+        elif bits == 3:
+            _zero3(codes, x, y, blocks, tables)
+        elif bits == 4:
+            _zero4(codes, x, y, blocks, tables)
+        else:
+            _zero5(codes, x, y, blocks, tables)
+    elif bits == 2:
+        _full2(codes, x, y, blocks, tables)
+    elif bits == 3:
+        _full3(codes, x, y, blocks, tables)
+    elif bits == 4:
+        _full4(codes, x, y, blocks, tables)
+    else:
+        _full5(codes, x, y, blocks, tables)
 
 
 @njit

@@ -13,10 +13,13 @@ def is_plain(*tensors):
     """Whether nothing watches or transforms a call with these tensors (or None), so that the operator would only call
     its kernel: ordinary tensors on a CPU or a GPU, no gradient, no torch.compile, no mode, no functorch."""
     tensors = [tensor for tensor in tensors if tensor is not None]
-    if any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors) or torch.compiler.is_compiling():
-        return False
-    wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return not wants_gradient and (tensors[0].is_cpu or tensors[0].is_cuda) and not _is_watched(tensors)
+    gradients = torch.is_grad_enabled()
+    for tensor in tensors:
+        kind = type(tensor)
+        if (kind is not Tensor and kind is not torch.nn.Parameter) or (gradients and tensor.requires_grad):
+            return False
+    on_device = tensors[0].is_cpu or tensors[0].is_cuda
+    return on_device and not torch.compiler.is_compiling() and not _is_watched(tensors)
 
 
 def loaded(module, instead):
@@ -36,14 +39,11 @@ def loaded(module, instead):
 def _is_watched(tensors):
     c = torch._C
     try:
-        return bool(
-            c._len_torch_dispatch_stack()
-            or c._len_torch_function_stack()
-            or torch.autograd.forward_ad._current_level >= 0
-            or any(c._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
-            or any(tensor.is_neg() or tensor.is_conj() for tensor in tensors)  # the dispatcher makes these real
-            or torch.jit.is_tracing()
-            or torch.autograd._profiler_enabled()
-        )
+        if c._len_torch_dispatch_stack() or c._len_torch_function_stack() or c._get_tracing_state() is not None:
+            return True
+        for tensor in tensors:  # the dispatcher makes negatives and conjugates real
+            if c._functorch.is_functorch_wrapped_tensor(tensor) or tensor.is_neg() or tensor.is_conj():
+                return True
+        return torch.autograd.forward_ad._current_level >= 0 or torch.autograd._profiler_enabled()
     except AttributeError:  # another PyTorch
         return True

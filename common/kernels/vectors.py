@@ -44,8 +44,12 @@ def shuffle(builder, a, b, order):
 
 def broadcast(builder, kind, address, offset=0):
     """The scalar at an address in every lane."""
+    return repeated(builder, kind, load(builder, kind.element, address, offset))
+
+
+def repeated(builder, kind, value):
+    """A scalar in every lane."""
     undefined = ir.Constant(kind, ir.Undefined)
-    value = load(builder, kind.element, address, offset)
     first = builder.insert_element(undefined, value, ir.Constant(I32, 0))
     return shuffle(builder, first, undefined, [0] * kind.count)
 

@@ -67,7 +67,7 @@ def test_size_and_state(tmp_path):
 
 def test_state_is_checked():
     state = pack_shift_weights(torch.ones(4, 8), 4, "PS").state()
-    changes = [{"version": 3}, {"codes": state["codes"][1:]}, {"bits": 9}, {"shape": [4, 9, 1]}, {"base": 200}]
+    changes = [{"version": 2}, {"codes": state["codes"][1:]}, {"bits": 9}, {"shape": [4, 9, 1]}, {"base": 200}]
     for change in changes:
         with pytest.raises(ValueError, match="^packed weights: "):
             PackedShiftWeights.from_state({**state, **change})

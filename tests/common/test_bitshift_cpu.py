@@ -142,6 +142,30 @@ def test_kernels_unpack_what_was_packed(numba, scheme, bits):
 
 
 # (N, C, H, W), outputs, kernel, stride, padding, dilation, bias
+@pytest.mark.parametrize("of_x, of_weights", [(-120, 90), (100, -90), (120, -90), (0, 60), (-60, -60), (-148, 90)])
+@pytest.mark.parametrize("scheme, bits", CODES)
+def test_one_row_far_from_one(numba, scheme, bits, of_x, of_weights):
+    """One row is multiplied by scaled weights and scaled itself: what float32 can hold must come out."""
+    weight = random_weights((70, 40), scheme, bits) * 2.0**of_weights
+    x = torch.randint(-8, 9, (1, 40), generator=torch.Generator().manual_seed(0)).float() * 2.0**of_x
+    expected = F.linear(x.double(), weight.double())
+    magnitude = F.linear(x.double().abs(), weight.double().abs())
+    y = bitshift_linear(x, pack_shift_weights(weight, bits, scheme)).double()
+    assert ((y - expected).abs() <= magnitude * 1e-6).all()
+    assert expected.any() and expected.float().isfinite().all()
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("scheme, bits", CODES)
+def test_one_row_with_a_value_that_is_no_number(numba, scheme, bits, value):
+    weight = random_weights((70, 40), scheme, bits)
+    x = torch.arange(40.0)[None]
+    x[0, 7] = value
+    y, expected = bitshift_linear(x, pack_shift_weights(weight, bits, scheme)), F.linear(x, weight)
+    torch.testing.assert_close(y, expected, equal_nan=True)
+    assert not torch.isfinite(y).any()
+
+
 SMALL_CONVOLUTIONS = [
     ((1, 64, 14, 14), 32, (3, 3), (1, 1), (1, 1), (1, 1), True),
     ((2, 32, 9, 7), 16, (3, 2), (2, 1), (1, 0), (1, 2), True),
