@@ -12,14 +12,15 @@ _log = logging.getLogger("effnets")
 def is_plain(*tensors):
     """Whether nothing watches or transforms a call with these tensors (or None), so that the operator would only call
     its kernel: ordinary tensors on a CPU or a GPU, no gradient, no torch.compile, no mode, no functorch."""
+    if torch.compiler.is_compiling():
+        return False
     tensors = [tensor for tensor in tensors if tensor is not None]
     gradients = torch.is_grad_enabled()
     for tensor in tensors:
         kind = type(tensor)
         if (kind is not Tensor and kind is not torch.nn.Parameter) or (gradients and tensor.requires_grad):
             return False
-    on_device = tensors[0].is_cpu or tensors[0].is_cuda
-    return on_device and not torch.compiler.is_compiling() and not _is_watched(tensors)
+    return (tensors[0].is_cpu or tensors[0].is_cuda) and not _is_watched(tensors)
 
 
 def loaded(module, instead):

@@ -82,12 +82,12 @@ def word(typing, address):
     return types.int64(types.int64), codegen
 
 
-def prefetch(builder, address):
-    """Ask for the cache line of an address, in the L2 cache."""
+def prefetch(builder, address, locality=2, write=False):
+    """Ask for the cache line of an address. locality: 3 for the L1 cache, 2 for the L2 cache."""
     bytes_pointer = I8.as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [bytes_pointer, I32, I32, I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-    options = (ir.Constant(I32, value) for value in (0, 2, 1))  # to read, L2, data
+    options = (ir.Constant(I32, value) for value in (int(write), locality, 1))  # 1: data
     builder.call(function, [builder.inttoptr(address, bytes_pointer), *options])
 
 

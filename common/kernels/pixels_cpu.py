@@ -1,0 +1,101 @@
+"""Neighbouring pixels of shift2d on channels-last images, as LLVM instructions for numba: k = 3 and steps of one.
+
+For each vector of channels, the vertical choice among three rows is made once per column and kept for the three pixels
+that it serves. Few pixels at a time: what is read stays in order, which the processor foresees.
+"""
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from common.kernels.runs_cpu import VECTOR, is_set
+from common.kernels.vectors import BYTES, at, load, number, prefetch, store
+
+PIXELS = 2  # at a time
+AHEAD = 1024  # bytes that are asked for in advance: what the processor foresees itself takes a fifth longer
+
+
+def _column(builder, rows, offset, up, middle):
+    """The vector at `offset` of whichever of three rows each byte comes from."""
+    above, here, below = (load(builder, BYTES, builder.add(row, offset)) for row in rows)
+    return builder.select(up, above, builder.select(middle, here, below))
+
+
+def _each_vector(builder, pixel):
+    """for_range over the vectors of a pixel, at least one: (index, offset). The last may overlap the one before."""
+    last = builder.sub(pixel, number(VECTOR))
+    count = builder.add(builder.udiv(builder.sub(pixel, number(1)), number(VECTOR)), number(1))
+    with cgutils.for_range(builder, count) as loop:
+        offset = builder.mul(loop.index, number(VECTOR))
+        yield loop.index, builder.select(builder.icmp_signed(">", offset, last), last, offset)
+
+
+def _taps(builder, masks, stride, step, first):
+    """Addresses of the masks of bytes that come from the row above, or the column to the left, and of those that stay.
+    first: number of the first vertical or horizontal tap's mask."""
+    forward = builder.icmp_signed(">", step, number(0))
+    before = builder.select(forward, number(first), number(first + 2))
+    return [builder.add(masks, builder.mul(stride, tap)) for tap in (before, number(first + 1))]
+
+
+def _masks_at(builder, taps, offset):
+    return [is_set(builder, load(builder, BYTES, builder.add(tap, offset))) for tap in taps]
+
+
+@intrinsic
+def start_row(typing, above, here, below, pixel, masks, stride, step_y, kept):
+    """kept: for each vector of a pixel what is chosen of the column left of a row, nothing, and of its first column."""
+
+    def codegen(context, builder, signature, arguments):
+        *rows, pixel, masks, stride, step_y, kept = arguments
+        vertical = _taps(builder, masks, stride, step_y, 0)
+        for index, offset in _each_vector(builder, pixel):
+            target = builder.add(kept, builder.mul(index, number(2 * VECTOR)))
+            store(builder, ir.Constant(BYTES, None), target)
+            store(builder, _column(builder, rows, offset, *_masks_at(builder, vertical, offset)), target, VECTOR)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 8), codegen
+
+
+def _make_shift_pixels(pixels):
+    @intrinsic
+    def shift_pixels(typing, y, above, here, below, next_row, pixel, masks, stride, step_y, step_x, is_last, kept):
+        """`pixels` neighbouring pixels of a row of y, of `pixel` bytes, at least VECTOR, for k = 3 and steps of one.
+
+        above, here, below: the first of them in three rows of x. is_last: they end the row. kept: of each vector, what
+        was chosen vertically in the two columns before the next to be read. masks, stride: by vertical, then by
+        horizontal tap. next_row: of x; it and y are asked for AHEAD bytes in advance.
+        """
+
+        def codegen(context, builder, signature, arguments):
+            y, *rows, next_row, pixel, masks, stride, step_y, step_x, is_last, kept = arguments
+            taps = [*_taps(builder, masks, stride, step_y, 0), *_taps(builder, masks, stride, step_x, 3)]
+            places = [builder.mul(pixel, number(i)) for i in range(pixels + 1)]
+            ends = builder.icmp_signed("!=", is_last, number(0))
+            beyond = builder.select(ends, places[-2], places[-1])  # a place to read in any case
+            for index, offset in _each_vector(builder, pixel):
+                ahead = builder.add(builder.mul(offset, number(pixels)), number(AHEAD))
+                for line in range(0, pixels * VECTOR, 64):
+                    prefetch(builder, at(builder, builder.add(next_row, ahead), line), locality=3)
+                    prefetch(builder, at(builder, builder.add(y, ahead), line), locality=3, write=True)
+                up, middle, before, center = _masks_at(builder, taps, offset)
+                state = builder.add(kept, builder.mul(index, number(2 * VECTOR)))
+                columns = [load(builder, BYTES, state, i * VECTOR) for i in range(2)]
+                for place in (*places[1:-1], beyond):
+                    columns.append(_column(builder, rows, builder.add(place, offset), up, middle))
+                columns[-1] = builder.select(ends, ir.Constant(BYTES, None), columns[-1])
+                for i in range(pixels):
+                    value = builder.select(before, columns[i], builder.select(center, columns[i + 1], columns[i + 2]))
+                    store(builder, value, builder.add(builder.add(y, offset), places[i]))
+                for i, column in enumerate(columns[-2:]):
+                    store(builder, column, state, i * VECTOR)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 12), codegen
+
+    return shift_pixels
+
+
+shift_pixel, shift_pixels = _make_shift_pixels(1), _make_shift_pixels(PIXELS)
