@@ -80,18 +80,33 @@ def _cuda_kernel():
 
 def _shift2d(x, kernel_size, dilation, direction):
     """Any device: the cases without a move, the kernel of the device, or plain PyTorch where there is none."""
-    _check(x, kernel_size, dilation, direction)
-    layout = memory_format_of(x)
-    if x.numel() == 0 or kernel_size == 1 or kernel_size * kernel_size > x.shape[1]:
+    try:
+        layout, has_layout, moves = _plan(x.shape, x.stride(), x.dtype, x.layout, kernel_size, dilation, direction)
+    except Exception:
+        _check(x, kernel_size, dilation, direction)  # says what is wrong with x itself
+        raise
+    if not moves:
         return x.clone(memory_format=layout)
-    find_kernel = _KERNELS.get(x.device.type)
+    find_kernel = _KERNELS.get("cpu" if x.is_cpu else x.device.type)
     kernel = find_kernel() if find_kernel else None
     if kernel:
-        x = x.contiguous(memory_format=layout)
+        x = x if has_layout else x.contiguous(memory_format=layout)
         y = torch.empty_like(x, memory_format=layout)
         if kernel(x, y, kernel_size, dilation, direction, layout is torch.channels_last):
             return y
     return shift2d_reference(x, kernel_size, dilation, direction)
+
+
+@functools.lru_cache(maxsize=1024, typed=True)
+def _plan(shape, strides, dtype, tensor_layout, kernel_size, dilation, direction):
+    """(memory format of y, whether x has it, whether anything moves), kept: finding out is slow on cold caches."""
+    if tensor_layout != torch.strided:
+        raise TypeError(tensor_layout)
+    x = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    _check(x, kernel_size, dilation, direction)
+    layout = memory_format_of(x)
+    moves = x.numel() > 0 and kernel_size > 1 and kernel_size * kernel_size <= shape[1]
+    return layout, x.is_contiguous(memory_format=layout), moves
 
 
 _KERNELS = {"cpu": _cpu_kernel, "cuda": _cuda_kernel}

@@ -73,10 +73,10 @@ def _shift_rows(counters, scratch, grain, rows, x, y, masks, block, pixel, heigh
 
 
 @njit
-def _shift_neighbours(counters, scratch, grain, rows, x, y, masks, block, pixel, height, width, step_y, step_x):
+def _shift_neighbours(counters, scratch, grain, rows, x, y, masks, pixel, height, width):
     # Channels-last, the networks' case, for k = 3 and steps of one: what was chosen vertically serves three pixels.
     # scratch, zeroed: a row of zeros, then 2 vectors for each of a pixel.
-    row, stride = width * pixel, block + VECTOR
+    row = width * pixel
     kept = scratch + row
     while True:
         first = fetch_add(counters, grain)
@@ -84,16 +84,16 @@ def _shift_neighbours(counters, scratch, grain, rows, x, y, masks, block, pixel,
             i, source, target = item % height, x + item * row, y + item * row
             above = source - row if i else scratch
             below = source + row if i + 1 < height else scratch
-            start_row(above, source, below, pixel, masks, stride, step_y, kept)
+            start_row(above, source, below, pixel, masks, kept)
             j = 0
             while j < width:
                 at, rest = j * pixel, width - j
                 a, h, b, n, t = above + at, source + at, below + at, source + row + at, target + at
                 if rest >= PIXELS:
-                    shift_pixels(t, a, h, b, n, pixel, masks, stride, step_y, step_x, rest == PIXELS, kept)
+                    shift_pixels(t, a, h, b, n, pixel, masks, rest == PIXELS, kept)
                     j += PIXELS
                 else:
-                    shift_pixel(t, a, h, b, n, pixel, masks, stride, step_y, step_x, rest == 1, kept)
+                    shift_pixel(t, a, h, b, n, pixel, masks, rest == 1, kept)
                     j += 1
         if first + grain >= rows:
             return
@@ -111,9 +111,9 @@ def _rows_entry(arguments):
 
 
 def _neighbours_entry(arguments):
-    a = carray(arguments, 14)
+    a = carray(arguments, 11)
     scratch = a[1] + a[2] * fetch_add(a[0] + 8, 1)
-    _shift_neighbours(a[0], scratch, a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13])
+    _shift_neighbours(a[0], scratch, a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10])
 
 
 @functools.cache
@@ -131,23 +131,59 @@ def _masks(periods):
     return masks.ctypes.data, period, masks
 
 
-@functools.lru_cache(maxsize=64)
 def _edge_masks(width, item, k, step):
     """Masks of k rows of width * item bytes: set where column j has its source j + step * (tap - k // 2) in the row."""
     source = np.arange(width) + step * (np.arange(k)[:, None] - k // 2)
     return _masks(np.repeat((source >= 0) & (source < width), item, axis=1))
 
 
-@functools.lru_cache(maxsize=64)
-def _tap_masks(channels, item, k):
-    """Masks of 2k rows of whole pixels: set where a channel moves by vertical, then by horizontal tap 0 to k-1."""
+def _taps(channels, item, k):
+    """(2k, bytes of a pixel) bool: set where a channel moves by vertical, then by horizontal tap 0 to k-1."""
     channel = np.arange(channels)
     moves = channel < channels // (k * k) * (k * k)
     taps = np.arange(k)[:, None]
     down, across = (np.where(moves, tap, k // 2) == taps for tap in (channel // k % k, channel % k))
-    pixel = np.repeat(np.concatenate([down, across]), item, axis=1)
+    return np.repeat(np.concatenate([down, across]), item, axis=1)
+
+
+def _tap_masks(channels, item, k):
+    """Masks of 2k rows of whole pixels, as `_taps`."""
+    pixel = _taps(channels, item, k)
     unit = np.lcm(pixel.shape[1], VECTOR)  # whole pixels and whole vectors
     return _masks(np.tile(pixel, (1, unit // pixel.shape[1] * max(1, MASK_BLOCK // unit))))
+
+
+def _pixel_masks(channels, item, direction):
+    """(address, array) of the masks that pixels_cpu.py takes, for each vector of a pixel four. k = 3."""
+    taps = _taps(channels, item, 3)
+    pixel, first = taps.shape[1], 1 - direction
+    chosen = taps[[first, 1, 3 + first, 4]]
+    starts = np.minimum(np.arange(0, pixel, VECTOR), pixel - VECTOR)[:, None]
+    vectors = chosen[:, starts + np.arange(VECTOR)].transpose(1, 0, 2)
+    masks = np.ascontiguousarray(vectors * np.uint8(255))
+    return masks.ctypes.data, masks
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(shape, item, kernel_size, dilation, direction, channels_last):
+    """(kernel, its arguments after x and y, items, item_bytes, scratch, whether zeroed, masks to keep)."""
+    planes, rows, neighbours = load()
+    n, channels, height, width = shape
+    # Beyond the image a longer step changes nothing; a shorter one cannot overflow.
+    step_y, step_x = direction * min(dilation, height), direction * min(dilation, width)
+    if not channels_last:
+        address, row, masks = _edge_masks(width, item, kernel_size, step_x)
+        arguments = address, channels, height, row, kernel_size, step_y, step_x * item
+        return planes, arguments, n * channels, height * row, 0, False, masks
+    pixel, row = channels * item, width * channels * item
+    if kernel_size == 3 and dilation == 1 and pixel >= VECTOR:
+        address, masks = _pixel_masks(channels, item, direction)
+        scratch = row + 2 * VECTOR * -(-pixel // VECTOR)
+        return neighbours, (address, pixel, height, width), n * height, row, scratch, True, masks
+    address, block, masks = _tap_masks(channels, item, kernel_size)
+    sizes = address, block, pixel, height, width
+    scratch = 2 * (row + kernel_size // 2 * abs(step_x) * pixel)
+    return rows, (*sizes, kernel_size, step_y, step_x), n * height, row, scratch, True, masks
 
 
 def shift2d_cpu(x, y, kernel_size, dilation, direction, channels_last):
@@ -155,25 +191,9 @@ def shift2d_cpu(x, y, kernel_size, dilation, direction, channels_last):
 
     Returns True: there is no size that it cannot do.
     """
-    planes, rows, neighbours = load()
-    threads.advise_large_pages(y)
-    n, channels, height, width = x.shape
-    item = x.element_size()
-    # Beyond the image a longer step changes nothing; a shorter one cannot overflow.
-    step_y, step_x = direction * min(dilation, height), direction * min(dilation, width)
-    addresses = x.data_ptr(), y.data_ptr()
-    if channels_last:
-        pixel = channels * item
-        masks, block, _ = _tap_masks(channels, item, kernel_size)
-        sizes, row = (*addresses, masks, block, pixel, height, width), width * pixel
-        if kernel_size == 3 and dilation == 1 and pixel >= VECTOR:
-            scratch = row + 2 * VECTOR * -(-pixel // VECTOR)
-            threads.run(neighbours, (*sizes, step_y, step_x), n * height, row, scratch, zeroed=True)
-        else:
-            scratch = 2 * (row + kernel_size // 2 * abs(step_x) * pixel)
-            threads.run(rows, (*sizes, kernel_size, step_y, step_x), n * height, row, scratch, zeroed=True)
-    else:
-        masks, row, _ = _edge_masks(width, item, kernel_size, step_x)
-        arguments = (*addresses, masks, channels, height, row, kernel_size, step_y, step_x * item)
-        threads.run(planes, arguments, n * channels, height * row)
+    plan = _plan(x.shape, x.element_size(), kernel_size, dilation, direction, channels_last)
+    kernel, arguments, items, item_bytes, scratch, zeroed, _ = plan
+    if items * item_bytes > threads.LARGE:
+        threads.advise_large_pages(y)
+    threads.run(kernel, (x.data_ptr(), y.data_ptr(), *arguments), items, item_bytes, scratch, zeroed)
     return True

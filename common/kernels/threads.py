@@ -20,6 +20,7 @@ import torch
 
 MIN_PARALLEL_BYTES = 512 * 1024  # below this, waking the other threads takes longer than the work
 GRAIN_BYTES = 128 * 1024
+LARGE = 32 * 2**20  # bytes of a block that glibc maps afresh each time
 _forked = False
 
 
@@ -91,11 +92,11 @@ def compiled(entry):
 def advise_large_pages(tensor):
     """Ask Linux for 2 MiB pages under a new CPU tensor that will be written in full; does nothing elsewhere.
 
-    glibc maps a block of more than 32 MiB afresh each time, and its first touch in pages of 4 KiB takes several times
-    as long as the work. Smaller blocks are reused, their pages present.
+    glibc maps a block of more than LARGE bytes afresh each time, and its first touch in pages of 4 KiB takes several
+    times as long as the work. Smaller blocks are reused, their pages present.
     """
     size = tensor.numel() * tensor.element_size()
-    if size > 32 * 2**20 and hasattr(mmap, "MADV_HUGEPAGE"):
+    if size > LARGE and hasattr(mmap, "MADV_HUGEPAGE"):
         start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         end = (tensor.data_ptr() + size) // mmap.PAGESIZE * mmap.PAGESIZE
         _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
