@@ -121,7 +121,7 @@ def _scale(typing, x, y, count, first, second):
 
 @njit
 def _one_row(counters, scratch, grain, panels, bits, codes, x, y, blocks, tables, zero, exponent):
-    # One item is a panel: 32 outputs of the one row of x. scratch: x as small weights need it, in float32's upper half.
+    # One item is a panel: 32 outputs of the one row of x. scratch: x, scaled up for small weights.
     size, first, second = blocks * 32 * bits, 0, 0
     if bits in SMALL_WEIGHTS:
         field = _largest_field(x, blocks)

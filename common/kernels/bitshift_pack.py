@@ -68,7 +68,8 @@ class PackedShiftWeights:
         except (KeyError, TypeError) as error:
             raise ValueError(f"packed weights: not a state of PackedShiftWeights: {error} is missing") from None
         if version != VERSION:
-            raise ValueError(f"packed weights: version {version} is unknown here, which is version {VERSION}")
+            known = f"version {VERSION}: pack the network's checkpoint again"
+            raise ValueError(f"packed weights: version {version} is unknown here, which is {known}")
         packed = cls(**{**values, "shape": tuple(values["shape"])})
         _check_state(packed)
         return packed
