@@ -12,8 +12,8 @@ import numpy as np
 from numba import carray, config, njit
 
 from common.kernels import threads
-from common.kernels.pixels_cpu import PIXELS, shift_pixel, shift_pixels, start_row
-from common.kernels.runs_cpu import VECTOR, masked_run, merge_run, zero_run
+from common.kernels.shift2d_pixels_cpu import PIXELS, shift_pixel, shift_pixels, start_row
+from common.kernels.shift2d_runs_cpu import VECTOR, masked_run, merge_run, zero_run
 from common.kernels.vectors import fetch_add
 
 MASK_BLOCK = 2048  # bytes after which channels-last masks repeat: a long inner loop whose masks still fit the L1 cache
@@ -154,7 +154,7 @@ def _tap_masks(channels, item, k):
 
 
 def _pixel_masks(channels, item, direction):
-    """(address, array) of the masks that pixels_cpu.py takes, for each vector of a pixel four. k = 3."""
+    """(address, array) of the masks that shift2d_pixels_cpu.py takes, for each vector of a pixel four. k = 3."""
     taps = _taps(channels, item, 3)
     pixel, first = taps.shape[1], 1 - direction
     chosen = taps[[first, 1, 3 + first, 4]]
@@ -193,7 +193,6 @@ def shift2d_cpu(x, y, kernel_size, dilation, direction, channels_last):
     """
     plan = _plan(x.shape, x.element_size(), kernel_size, dilation, direction, channels_last)
     kernel, arguments, items, item_bytes, scratch, zeroed, _ = plan
-    if items * item_bytes > threads.LARGE:
-        threads.advise_large_pages(y)
+    threads.advise_large_pages(y)
     threads.run(kernel, (x.data_ptr(), y.data_ptr(), *arguments), items, item_bytes, scratch, zeroed)
     return True

@@ -9,7 +9,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from common.kernels.runs_cpu import VECTOR, is_set
+from common.kernels.shift2d_runs_cpu import VECTOR, is_set
 from common.kernels.vectors import BYTES, at, load, number, prefetch, store
 
 PIXELS = 2  # at a time
@@ -52,6 +52,14 @@ def _masks(builder, masks, index):
     return [is_set(builder, load(builder, BYTES, line, i * VECTOR)) for i in range(4)]
 
 
+def _ask_ahead(builder, source, target, done, size):
+    """Ask for `size` bytes of source and of target, AHEAD of what is `done`."""
+    ahead = builder.add(done, number(AHEAD))
+    for line in range(0, size, 64):
+        prefetch(builder, at(builder, builder.add(source, ahead), line), locality=3)
+        prefetch(builder, at(builder, builder.add(target, ahead), line), locality=3, write=True)
+
+
 def _make_shift_pixels(pixels):
     @intrinsic
     def shift_pixels(typing, y, above, here, below, next_row, pixel, masks, is_last, kept):
@@ -69,10 +77,7 @@ def _make_shift_pixels(pixels):
             ends = builder.icmp_signed("!=", is_last, number(0))
             beyond = builder.select(ends, places[-2], places[-1])  # a place to read in any case
             for index, offset in _each_vector(builder, pixel):
-                ahead = builder.add(builder.mul(index, number(pixels * VECTOR)), number(AHEAD))
-                for line in range(0, pixels * VECTOR, 64):
-                    prefetch(builder, at(builder, builder.add(next_row, ahead), line), locality=3)
-                    prefetch(builder, at(builder, builder.add(y, ahead), line), locality=3, write=True)
+                _ask_ahead(builder, next_row, y, builder.mul(index, number(pixels * VECTOR)), pixels * VECTOR)
                 up, middle, before, center = _masks(builder, masks, index)
                 state = builder.add(kept, builder.mul(index, number(2 * VECTOR)))
                 columns = [load(builder, BYTES, state, i * VECTOR) for i in range(2)]
