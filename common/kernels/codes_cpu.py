@@ -7,8 +7,8 @@ elsewhere the bytes are computed. Linear layers have 32 outputs in the lanes and
 input is loaded once and no lane is ever summed with another.
 
 Codes of up to 5 bits go faster into a sum: a magnitude in the lowest bits of a float's exponent is a power of two near
-the smallest float, or 0. Beside its sign (`plane_order`), one shift and one AND make it one. Sums of such small weights
-are scaled once, and x before, so that its products stay away from the ends of float32.
+the smallest float, or 0. With its sign eight places above it (`plane_order`), half an AND and one shift make it one.
+Sums of such small weights are scaled once, and x before, so that its products stay away from the ends of float32.
 """
 
 from llvmlite import ir
@@ -130,7 +130,6 @@ def _small_groups(builder, bits, zero, codes):
     width = low_bits(bits)
     low = [load(builder, BYTES, codes, 32 * i) for i in range(width)]
     magnitudes, offset = 2 ** (bits - 1) - 1, 0 if zero else 2 ** (bits - 1)
-    fields = same(INTS, 2**31 | (magnitudes | offset) << 23)
     for index, plane in enumerate(low):
         if bits == width:
             signs = _shift_bytes(builder, plane, 1 - width)
@@ -140,14 +139,17 @@ def _small_groups(builder, bits, zero, codes):
             plane = builder.or_(plane, same(BYTES, 0x88 if width == 4 else 0xAA))
         halves = [builder.bitcast(shuffle(builder, plane, signs, _pairs(first)), INTS) for first in (0, 8)]
         for place in range(0, 8, width):
-            factor = ir.Constant(WORDS, [0, 1 << (7 - place)] * 8)  # some ports of a processor multiply, others shift
+            # One AND for the codes of both halves of a word: the shift pushes the upper one out, the product with 0
+            # clears the lower one. (A product to shift the upper: other ports of the processor than the shift's.)
+            fields = 0x10001 * (1 << 8 | magnitudes | offset) << place
+            factor = ir.Constant(WORDS, [0, 1 << (7 - place)] * 8)
             weights = []
             for half in halves:
-                upper = builder.mul(builder.bitcast(half, WORDS), factor)
-                weights += [builder.shl(half, same(INTS, 23 - place)), builder.bitcast(upper, INTS)]
-            if not zero and bits != width:
-                weights = [builder.or_(weight, same(INTS, offset << 23)) for weight in weights]
-            weights = [builder.and_(weight, fields) for weight in weights]
+                if not zero and bits != width:
+                    half = builder.or_(half, same(INTS, 0x10001 * offset << place))
+                both = builder.and_(half, same(INTS, fields))
+                upper = builder.mul(builder.bitcast(both, WORDS), factor)
+                weights += [builder.shl(both, same(INTS, 23 - place)), builder.bitcast(upper, INTS)]
             yield [builder.bitcast(weight, FLOATS) for weight in weights]
 
 
