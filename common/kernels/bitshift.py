@@ -14,6 +14,7 @@ import torch
 
 from common.kernels.bitshift_int8 import linear_int8
 from common.kernels.bitshift_pack import (
+    GROUP,
     PackedShiftWeights,
     code_bytes,
     output_size,
@@ -53,8 +54,14 @@ def bitshift_linear(x, packed, bias=None, arithmetic="float", activation_bits=(1
     name = "bitshift_linear"
     if arithmetic == "int8":
         return linear_int8(x, _weights(packed, name, 2), bias, activation_bits)
+    calls_kernel = is_plain(x, bias)
+    if calls_kernel and arithmetic == "float":  # the shortest way: of one row every microsecond shows
+        run = _one_row(x, packed, bias)
+        if run:
+            y = run(x, packed.codes)
+            return y if bias is None else y.add_(bias)
     weights, fraction = _weights(packed, name, 2), _fraction(arithmetic, activation_bits, name)
-    if is_plain(x, bias):
+    if calls_kernel:
         return _linear(x, weights, bias, fraction)
     return _linear_operator(x, weights.codes, bias, *weights[1:], fraction)
 
@@ -256,6 +263,28 @@ def _linear(x, weights, bias, fraction):
         y = y if bias is None else y + bias
         y = (y if y.dtype == x.dtype else y.to(x.dtype)).contiguous()
     return y if x.dim() == 2 else y.reshape((*x.shape[:-1], weights.shape[0]))
+
+
+def _one_row(x, packed, bias):
+    """The CPU kernel for one row of contiguous float32 x, checked once; None: it is another case, or wrong."""
+    if not isinstance(packed, PackedShiftWeights) or not (x.is_cpu and x.is_contiguous() and packed.codes.is_cpu):
+        return None
+    codes = packed.codes
+    added = None if bias is None else (bias.shape, bias.dtype, bias.is_cpu)
+    kinds = x.shape, x.dtype, codes.shape, codes.dtype, added
+    return _find_one_row(*kinds, packed.shape, packed.bits, packed.base, packed.zero)
+
+
+@functools.lru_cache(maxsize=256)
+def _find_one_row(x_shape, x_dtype, codes_shape, codes_dtype, added, shape, bits, base, zero):
+    if len(shape) != 2 or x_shape[-1:] != shape[1:] or x_shape.numel() != shape[1]:
+        return None
+    is_right = x_dtype == torch.float32 and codes_dtype == torch.uint8 and codes_shape == (code_bytes(shape, bits),)
+    is_right = is_right and added in (None, (shape[:1], torch.float32, True))
+    kernels = _cpu_kernels()
+    if not (kernels and is_right and shape[0] and shape[1]) or shape[0] % GROUP or shape[1] % 8:
+        return None
+    return kernels.one_row((*x_shape[:-1], shape[0]), shape[1], bits, base, zero)
 
 
 def _linear_sums(kernels, integers, weights):

@@ -65,19 +65,31 @@ def linear(x, weights):
     x = (F.pad(x, (0, -x.shape[1] % 8)) if x.shape[1] % 8 else x).contiguous()
     if rows > MANY_ROWS:
         return _by_columns(x, weights)
-    y = x.new_empty(rows, -(-outputs // GROUP) * GROUP)
-    bits, codes, base, zero = weights.bits, weights.codes, weights.base, weights.zero
-    tables, _ = _tables(bits, base, zero)
+    filled, bits, base, zero = -(-outputs // GROUP) * GROUP, weights.bits, weights.base, weights.zero
     if rows == 1:
-        more = int(zero), small_exponent(bits, base, zero)
-        _run_panels(kernels.one_row_entry, bits, codes, tables, x, y, *more, scratch=x.shape[1] * 4)
+        y = one_row((1, filled), x.shape[1], bits, base, zero)(x, weights.codes)
     else:
+        y, tables = x.new_zeros(rows, filled), _tables(bits, base, zero)[0]
         more = _terms(CHUNK, GROUP * 4)[0], _steps(rows, x.stride(0) * 4)[0], _steps(rows, y.stride(0) * 4)[0]
-        scratch = CHUNK * GROUP * 4
-        _run_panels(
-            kernels.many_rows_entry, bits, codes, tables, x, y.zero_(), rows, CHUNK // 8, *more, scratch=scratch
-        )
+        more = rows, CHUNK // 8, *more
+        _run_panels(kernels.many_rows_entry, bits, weights.codes, tables, x, y, *more, scratch=CHUNK * GROUP * 4)
     return y[:, :outputs] if outputs % GROUP else y
+
+
+@functools.lru_cache(maxsize=256)
+def one_row(y_shape, inputs, bits, base, zero):
+    """Function of contiguous float32 x, `inputs` elements, a multiple of 8, and codes: y, float32, shape y_shape, the
+    last a multiple of 32. What does not depend on the tensors is found out once: on cold caches it takes long."""
+    panels, blocks, tables = y_shape[-1] // GROUP, inputs // 8, _tables(bits, base, zero)
+    kernel, more = threads.compiled(kernels.one_row_entry), (int(zero), small_exponent(bits, base, zero))
+    run_kernel = threads.prepared(kernel, panels, blocks * GROUP * bits, inputs * 4)
+
+    def run(x, codes):
+        y = x.new_empty(y_shape)
+        run_kernel(bits, codes.data_ptr(), x.data_ptr(), y.data_ptr(), blocks, tables[0], *more)
+        return y
+
+    return run
 
 
 @functools.lru_cache(maxsize=64)

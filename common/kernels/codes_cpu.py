@@ -29,6 +29,7 @@ from common.kernels.vectors import (
     broadcast,
     load,
     multiply_add,
+    number,
     prefetch,
     same,
     shuffle,
@@ -36,6 +37,7 @@ from common.kernels.vectors import (
 )
 
 SMALL_WEIGHTS = (2, 3, 4, 5)  # bits of codes that `dot` takes for small weights
+PART = 64  # blocks summed at a time
 AHEAD = 2048  # bytes of codes that are asked for in advance: a tenth faster than what the processor foresees itself
 
 
@@ -158,6 +160,32 @@ def small_exponent(bits, base, zero):
     return base + 127 - (0 if zero else 2 ** (bits - 1)) if bits in SMALL_WEIGHTS else 0
 
 
+def _sums(builder, bits, zero, codes, x, blocks, tables):
+    """Four vectors: the sums of 32 outputs over `blocks` blocks, weights small where they can be."""
+    # With 2-bit planes two of each sum: decoding is as fast as an addition. Otherwise registers would run out.
+    count = 2 if low_bits(bits) == 2 else 1
+    sums = [[cgutils.alloca_once(builder, FLOATS) for _ in range(4)] for _ in range(count)]
+    for total in (total for part in sums for total in part):
+        builder.store(same(FLOATS, 0.0), total)
+    with cgutils.for_range(builder, blocks) as loop:
+        block = builder.add(codes, builder.mul(loop.index, number(GROUP * bits)))
+        inputs = builder.add(x, builder.mul(loop.index, number(8 * 4)))
+        for line in range(0, GROUP * bits, 64):
+            prefetch(builder, at(builder, block, AHEAD + line))
+        if bits in SMALL_WEIGHTS:
+            groups = _small_groups(builder, bits, zero, block)
+        else:
+            groups = _groups(builder, bits, block, tables)
+        for group, weights in enumerate(groups):
+            value = broadcast(builder, FLOATS, inputs, 4 * group)
+            for weight, total in zip(weights, sums[group % count], strict=True):
+                builder.store(multiply_add(builder, weight, value, builder.load(total)), total)
+    first, *others = ([builder.load(total) for total in part] for part in sums)
+    for other in others:
+        first = [builder.fadd(a, b) for a, b in zip(first, other, strict=True)]
+    return first
+
+
 def _make_dot(bits, zero):
     @intrinsic
     def sums(typing, codes, x, y, blocks, tables):
@@ -165,26 +193,20 @@ def _make_dot(bits, zero):
 
         def codegen(context, builder, signature, arguments):
             codes, x, y, blocks, tables = arguments
-            small = bits in SMALL_WEIGHTS
-            if not small:
+            if bits not in SMALL_WEIGHTS:
                 tables = _Tables(builder, bits, tables, _has_byte_shuffle())
-            # Two of each sum: an addition takes longer than decoding what it adds.
-            sums = [[cgutils.alloca_once_value(builder, same(FLOATS, 0.0)) for _ in range(4)] for _ in range(2)]
-            with cgutils.for_range(builder, blocks) as loop:
-                block = builder.add(codes, builder.mul(loop.index, ir.Constant(I64, GROUP * bits)))
-                inputs = builder.add(x, builder.mul(loop.index, ir.Constant(I64, 8 * 4)))
-                for line in range(0, GROUP * bits, 64):
-                    prefetch(builder, at(builder, block, AHEAD + line))
-                if small:
-                    groups = _small_groups(builder, bits, zero, block)
-                else:
-                    groups = _groups(builder, bits, block, tables)
-                for group, weights in enumerate(groups):
-                    value = broadcast(builder, FLOATS, inputs, 4 * group)
-                    for weight, total in zip(weights, sums[group % 2], strict=True):
-                        builder.store(multiply_add(builder, weight, value, builder.load(total)), total)
-            for i, (even, odd) in enumerate(zip(*sums, strict=True)):
-                store(builder, builder.fadd(builder.load(even), builder.load(odd)), y, 32 * i)
+            # Sums of sums: the error of a float32 sum grows with its length.
+            for i in range(4):
+                store(builder, same(FLOATS, 0.0), y, 32 * i)
+            parts = builder.sdiv(builder.add(blocks, number(PART - 1)), number(PART))
+            with cgutils.for_range(builder, parts) as loop:
+                start = builder.mul(loop.index, number(PART))
+                left = builder.sub(blocks, start)
+                count = builder.select(builder.icmp_signed("<", left, number(PART)), left, number(PART))
+                part_codes = builder.add(codes, builder.mul(start, number(GROUP * bits)))
+                inputs = builder.add(x, builder.mul(start, number(8 * 4)))
+                for i, total in enumerate(_sums(builder, bits, zero, part_codes, inputs, count, tables)):
+                    store(builder, builder.fadd(load(builder, FLOATS, y, 32 * i), total), y, 32 * i)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 5), codegen

@@ -5,22 +5,28 @@ import logging
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _log = logging.getLogger("effnets")
 
 
-def is_plain(*tensors):
-    """Whether nothing watches or transforms a call with these tensors (or None), so that the operator would only call
-    its kernel: ordinary tensors on a CPU or a GPU, no gradient, no torch.compile, no mode, no functorch."""
-    if torch.compiler.is_compiling():
+def is_plain(x, *others):
+    """Whether nothing watches or transforms a call with x and others (tensors or None), so that the operator would only
+    call its kernel: ordinary tensors on a CPU or a GPU, no gradient, no torch.compile, no mode, no functorch."""
+    if torch.compiler.is_compiling() or not _is_ordinary(x):
         return False
-    tensors = [tensor for tensor in tensors if tensor is not None]
-    gradients = torch.is_grad_enabled()
-    for tensor in tensors:
-        kind = type(tensor)
-        if (kind is not Tensor and kind is not torch.nn.Parameter) or (gradients and tensor.requires_grad):
+    for tensor in others:
+        if tensor is not None and not _is_ordinary(tensor):
             return False
-    return (tensors[0].is_cpu or tensors[0].is_cuda) and not _is_watched(tensors)
+    return not _is_watched()
+
+
+def _is_ordinary(tensor):
+    kind = type(tensor)
+    if (kind is not Tensor and kind is not torch.nn.Parameter) or (tensor.requires_grad and torch.is_grad_enabled()):
+        return False
+    # The dispatcher makes negatives and conjugates real.
+    return (tensor.is_cpu or tensor.is_cuda) and not (_is_wrapped(tensor) or tensor.is_neg() or tensor.is_conj())
 
 
 def loaded(module, instead):
@@ -37,14 +43,16 @@ def loaded(module, instead):
     return kernels
 
 
-def _is_watched(tensors):
-    c = torch._C
-    try:
-        if c._len_torch_dispatch_stack() or c._len_torch_function_stack() or c._get_tracing_state() is not None:
-            return True
-        for tensor in tensors:  # the dispatcher makes negatives and conjugates real
-            if c._functorch.is_functorch_wrapped_tensor(tensor) or tensor.is_neg() or tensor.is_conj():
-                return True
-        return torch.autograd.forward_ad._current_level >= 0 or torch.autograd._profiler_enabled()
-    except AttributeError:  # another PyTorch
+def _is_watched():
+    is_traced = _dispatch_modes() or _function_modes() or _tracing_state() is not None
+    return is_traced or forward_ad._current_level >= 0 or _is_profiled()
+
+
+try:  # by their names here: looking them up in torch's modules is slow on cold caches
+    _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+    _tracing_state, _is_wrapped = torch._C._get_tracing_state, torch._C._functorch.is_functorch_wrapped_tensor
+    _is_profiled, _ = torch.autograd._profiler_enabled, forward_ad._current_level
+except AttributeError:  # another PyTorch: every call takes the dispatcher
+
+    def _is_wrapped(tensor):
         return True

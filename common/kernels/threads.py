@@ -110,6 +110,11 @@ def thread_count(items, item_bytes):
     return torch.get_num_threads() if items > 1 and items * item_bytes >= MIN_PARALLEL_BYTES else 1
 
 
+@functools.cache
+def _words(count):
+    return ctypes.c_int64 * count
+
+
 class _Scratch(threading.local):
     """Memory of each calling thread that stays: fresh pages cost more than small kernels."""
 
@@ -132,22 +137,32 @@ def run(kernel, arguments, items, item_bytes, scratch_bytes=0, zeroed=False, gra
     so a slow thread leaves its share to the others. Its own `scratch_bytes` bytes, `zeroed` if so asked, are at
     scratch + scratch_bytes * (second counter)++.
     """
-    threads = thread_count(items, item_bytes)
-    grain = items if threads == 1 else grain or max(1, GRAIN_BYTES // item_bytes)
-    scratch_bytes = -(-scratch_bytes // 64) * 64
-    scratch = _scratch.address(threads * scratch_bytes)
-    if zeroed:
-        ctypes.memset(scratch, 0, threads * scratch_bytes)
-    block = (ctypes.c_int64 * (7 + len(arguments)))(0, 0, 0, scratch, scratch_bytes, grain, items, *arguments)
-    address = ctypes.addressof(block)
-    block[2] = address  # the counters are the two words before it
-    call_with = address + 16
-    if threads == 1:
-        kernel.call(call_with)
-    elif _openmp_parallel() and not _forked:
-        _openmp_parallel()(kernel.address, call_with, threads, 0)
-    else:
-        _run_in_pool(kernel.call, call_with, threads)
+    prepared(kernel, items, item_bytes, scratch_bytes, zeroed, grain)(*arguments)
+
+
+def prepared(kernel, items, item_bytes, scratch_bytes=0, zeroed=False, grain=0):
+    """`run` as a function of the arguments, for calls that differ in these only."""
+    grain, scratch_bytes = grain or max(1, GRAIN_BYTES // max(1, item_bytes)), -(-scratch_bytes // 64) * 64
+
+    def call(*arguments):
+        threads = thread_count(items, item_bytes)
+        scratch = _scratch.address(threads * scratch_bytes)
+        if zeroed:
+            ctypes.memset(scratch, 0, threads * scratch_bytes)
+        share = items if threads == 1 else grain
+        block = _words(7 + len(arguments))(0, 0, 0, scratch, scratch_bytes, share, items, *arguments)
+        address = ctypes.addressof(block)
+        block[2] = address  # the counters are the two words before it
+        if threads == 1:
+            kernel.call(address + 16)
+            return
+        parallel = None if _forked else _openmp_parallel()
+        if parallel:
+            parallel(kernel.address, address + 16, threads, 0)
+        else:
+            _run_in_pool(kernel.call, address + 16, threads)
+
+    return call
 
 
 def _run_in_pool(call, block, threads):
