@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import torch
 
+from common.kernels import threads
+
 RESULTS = Path(__file__).with_name("results")
 FALLBACK_CACHE_BYTES = 32 * 2**20
 LEAST_RUNS = 3
@@ -61,15 +63,10 @@ def _positive(text):
 
 
 def cache_bytes(device):
-    """Size of the last-level cache in bytes: L2 of a GPU, the largest of Linux's list for a CPU (32 MiB if unknown)."""
+    """Size of the last-level cache in bytes: L2 of a GPU."""
     if device.type == "cuda":
         return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", FALLBACK_CACHE_BYTES)
-    units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    sizes = []
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
-        sizes.append(int(text[:-1]) * units[text[-1]] if text[-1:] in units else int(text))
-    return max(sizes, default=FALLBACK_CACHE_BYTES)
+    return threads.cache_bytes()
 
 
 def rotated(args, make):

@@ -3,7 +3,7 @@
 Addresses, offsets and sizes are integers in bytes, so the same compiled kernels serve every dtype. Channels-last rows,
 where neighbouring channels move differently, are put together with byte masks: first vertically, choosing among k
 rows, then horizontally, choosing among k columns. That is 2k loads, not k*k; for k = 3, where each vector chosen
-vertically serves three pixels, it is fewer.
+vertically serves three pixels, it is fewer. There a large y is written past the cache.
 """
 
 import functools
@@ -12,9 +12,16 @@ import numpy as np
 from numba import carray, config, njit
 
 from common.kernels import threads
-from common.kernels.shift2d_pixels_cpu import PIXELS, shift_pixel, shift_pixels, start_row
+from common.kernels.shift2d_pixels_cpu import (
+    PIXELS,
+    shift_pixel,
+    shift_pixels,
+    start_row,
+    stream_pixel,
+    stream_pixels,
+)
 from common.kernels.shift2d_runs_cpu import VECTOR, masked_run, merge_run, zero_run
-from common.kernels.vectors import fetch_add
+from common.kernels.vectors import fence, fetch_add
 
 MASK_BLOCK = 2048  # bytes after which channels-last masks repeat: a long inner loop whose masks still fit the L1 cache
 
@@ -73,11 +80,12 @@ def _shift_rows(counters, scratch, grain, rows, x, y, masks, block, pixel, heigh
 
 
 @njit
-def _shift_neighbours(counters, scratch, grain, rows, x, y, masks, pixel, height, width):
+def _shift_neighbours(counters, scratch, grain, rows, x, y, masks, pixel, height, width, streams):
     # Channels-last, the networks' case, for k = 3 and steps of one: what was chosen vertically serves three pixels.
     # scratch, zeroed: a row of zeros, then 2 vectors for each of a pixel.
     row = width * pixel
     kept = scratch + row
+    streams = streams and (y | pixel) % VECTOR == 0
     while True:
         first = fetch_add(counters, grain)
         for item in range(first, min(first + grain, rows)):
@@ -90,12 +98,20 @@ def _shift_neighbours(counters, scratch, grain, rows, x, y, masks, pixel, height
                 at, rest = j * pixel, width - j
                 a, h, b, n, t = above + at, source + at, below + at, source + row + at, target + at
                 if rest >= PIXELS:
-                    shift_pixels(t, a, h, b, n, pixel, masks, rest == PIXELS, kept)
+                    if streams:
+                        stream_pixels(t, a, h, b, n, pixel, masks, rest == PIXELS, kept)
+                    else:
+                        shift_pixels(t, a, h, b, n, pixel, masks, rest == PIXELS, kept)
                     j += PIXELS
                 else:
-                    shift_pixel(t, a, h, b, n, pixel, masks, rest == 1, kept)
+                    if streams:
+                        stream_pixel(t, a, h, b, n, pixel, masks, rest == 1, kept)
+                    else:
+                        shift_pixel(t, a, h, b, n, pixel, masks, rest == 1, kept)
                     j += 1
         if first + grain >= rows:
+            if streams:
+                fence()
             return
 
 
@@ -111,9 +127,9 @@ def _rows_entry(arguments):
 
 
 def _neighbours_entry(arguments):
-    a = carray(arguments, 11)
+    a = carray(arguments, 12)
     scratch = a[1] + a[2] * fetch_add(a[0] + 8, 1)
-    _shift_neighbours(a[0], scratch, a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10])
+    _shift_neighbours(a[0], scratch, a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11])
 
 
 @functools.cache
@@ -178,8 +194,9 @@ def _plan(shape, item, kernel_size, dilation, direction, channels_last):
     pixel, row = channels * item, width * channels * item
     if kernel_size == 3 and dilation == 1 and pixel >= VECTOR:
         address, masks = _pixel_masks(channels, item, direction)
+        streams = int(n * height * row > threads.cache_bytes() // 2)  # else y may still be there when it is read
         scratch = row + 2 * VECTOR * -(-pixel // VECTOR)
-        return neighbours, (address, pixel, height, width), n * height, row, scratch, True, masks
+        return neighbours, (address, pixel, height, width, streams), n * height, row, scratch, True, masks
     address, block, masks = _tap_masks(channels, item, kernel_size)
     sizes = address, block, pixel, height, width
     scratch = 2 * (row + kernel_size // 2 * abs(step_x) * pixel)

@@ -10,7 +10,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from common.kernels.shift2d_runs_cpu import VECTOR, is_set
-from common.kernels.vectors import BYTES, at, load, number, prefetch, store
+from common.kernels.vectors import BYTES, at, load, number, prefetch, store, stream
 
 PIXELS = 2  # at a time
 AHEAD = 2048  # bytes that are asked for in advance: what the processor foresees itself takes a fifth longer
@@ -52,23 +52,23 @@ def _masks(builder, masks, index):
     return [is_set(builder, load(builder, BYTES, line, i * VECTOR)) for i in range(4)]
 
 
-def _ask_ahead(builder, source, target, done, size):
-    """Ask for `size` bytes of source and of target, AHEAD of what is `done`."""
-    ahead = builder.add(done, number(AHEAD))
+def _ask_ahead(builder, address, done, size, **options):
+    """Ask for `size` bytes AHEAD of what is `done`."""
+    ahead = builder.add(address, builder.add(done, number(AHEAD)))
     for line in range(0, size, 64):
-        prefetch(builder, at(builder, builder.add(source, ahead), line), locality=3)
-        prefetch(builder, at(builder, builder.add(target, ahead), line), locality=3, write=True)
+        prefetch(builder, at(builder, ahead, line), **options)
 
 
-def _make_shift_pixels(pixels):
+def _make_shift_pixels(pixels, is_streamed):
     @intrinsic
     def shift_pixels(typing, y, above, here, below, next_row, pixel, masks, is_last, kept):
-        """`pixels` neighbouring pixels of a row of y, of `pixel` bytes, at least VECTOR.
+        """`pixels` neighbouring pixels of a row of y, of `pixel` bytes, at least VECTOR. is_streamed: y and `pixel` are
+        multiples of VECTOR, and y is written past the cache.
 
         above, here, below: the first of them in three rows of x. is_last: they end the row. masks: for each vector, set
         where a byte comes from above, from here, from the left, from the middle. kept: for each vector, what was chosen
-        vertically in the two columns before the next to be read. next_row: of x; it and y are asked for AHEAD bytes in
-        advance.
+        vertically in the two columns before the next to be read. next_row: of x; it and y, unless streamed, are asked
+        for AHEAD bytes in advance.
         """
 
         def codegen(context, builder, signature, arguments):
@@ -77,7 +77,10 @@ def _make_shift_pixels(pixels):
             ends = builder.icmp_signed("!=", is_last, number(0))
             beyond = builder.select(ends, places[-2], places[-1])  # a place to read in any case
             for index, offset in _each_vector(builder, pixel):
-                _ask_ahead(builder, next_row, y, builder.mul(index, number(pixels * VECTOR)), pixels * VECTOR)
+                done = builder.mul(index, number(pixels * VECTOR))
+                _ask_ahead(builder, next_row, done, pixels * VECTOR)
+                if not is_streamed:
+                    _ask_ahead(builder, y, done, pixels * VECTOR, locality=3, write=True)
                 up, middle, before, center = _masks(builder, masks, index)
                 state = builder.add(kept, builder.mul(index, number(2 * VECTOR)))
                 columns = [load(builder, BYTES, state, i * VECTOR) for i in range(2)]
@@ -86,7 +89,8 @@ def _make_shift_pixels(pixels):
                 columns[-1] = builder.select(ends, ir.Constant(BYTES, None), columns[-1])
                 for i in range(pixels):
                     value = builder.select(before, columns[i], builder.select(center, columns[i + 1], columns[i + 2]))
-                    store(builder, value, builder.add(builder.add(y, offset), places[i]))
+                    target = builder.add(builder.add(y, offset), places[i])
+                    (stream if is_streamed else store)(builder, value, target)
                 for i, column in enumerate(columns[-2:]):
                     store(builder, column, state, i * VECTOR)
             return context.get_dummy_value()
@@ -96,4 +100,5 @@ def _make_shift_pixels(pixels):
     return shift_pixels
 
 
-shift_pixel, shift_pixels = _make_shift_pixels(1), _make_shift_pixels(PIXELS)
+shift_pixel, stream_pixel = (_make_shift_pixels(1, is_streamed) for is_streamed in (False, True))
+shift_pixels, stream_pixels = (_make_shift_pixels(PIXELS, is_streamed) for is_streamed in (False, True))

@@ -8,9 +8,10 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from common.kernels.vectors import BYTES, I8, load, store
+from common.kernels.vectors import BYTES, I8, ask_for, load, store
 
 VECTOR = 32
+AHEAD = 2048  # bytes of a long run that are asked for in advance
 
 
 def is_set(builder, mask):
@@ -88,6 +89,7 @@ def masked_run(y, x, mask, period, start, end):
     t = (start // VECTOR + 1) * VECTOR  # from here on aligned as the plane is
     phase, step = t % period, VECTOR % period
     while t + VECTOR <= end:
+        ask_for(x + t + AHEAD)
         _masked32(y + t, x + t, mask + phase)
         phase += step
         if phase >= period:

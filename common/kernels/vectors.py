@@ -38,6 +38,16 @@ def store(builder, value, address, offset=0):
     builder.store(value, pointer, align=1)
 
 
+def stream(builder, value, address):
+    """`store` past the cache, for what is not read soon; the address must be a multiple of the vector's size.
+
+    The memory's lines are not read first. Other threads see it after a `fence`.
+    """
+    pointer = builder.inttoptr(address, value.type.as_pointer())
+    store = builder.store(value, pointer, align=32)
+    store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
+
+
 def shuffle(builder, a, b, order):
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(order)), order))
 
@@ -100,6 +110,17 @@ def ask_for(typing, address):
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
+
+
+@intrinsic
+def fence(typing):
+    """What was streamed is written when this returns."""
+
+    def codegen(context, builder, signature, arguments):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
 def _make_copy(kind):

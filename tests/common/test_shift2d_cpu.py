@@ -96,6 +96,31 @@ def test_every_thread_works(pool):
     assert (taken == 1).all()
 
 
+@pytest.fixture
+def streaming(numba, monkeypatch):
+    """shift2d_cpu as on a machine without caches, where every output is written past them if its place allows it."""
+    kernels = importlib.import_module("common.kernels.shift2d_cpu")
+    monkeypatch.setattr(threads, "cache_bytes", lambda: 0)
+    kernels._plan.cache_clear()
+    yield kernels
+    kernels._plan.cache_clear()
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+@pytest.mark.parametrize("channels, dtype", [(16, torch.bfloat16), (72, torch.float32), (33, torch.int8)])
+def test_written_past_the_cache(streaming, pool, channels, dtype, direction):
+    """Channels-last, pixels of 32, 288 and 33 bytes, y at a multiple of 32 bytes and not; on several threads too."""
+    x = torch.randint(-100, 100, (4, channels, 63, 35)).to(dtype).contiguous(memory_format=torch.channels_last)
+    expected, count = shift2d_reference(x, 3, 1, direction), x.numel()
+    assert streaming._plan(x.shape, x.element_size(), 3, 1, direction, True)[1][-1] == 1
+    for start in (0, 8):  # elements
+        storage = torch.full((count + 16,), 77, dtype=dtype)
+        y = storage[start : start + count].as_strided(x.shape, x.stride(), start)
+        assert streaming.shift2d_cpu(x, y, 3, 1, direction, True)
+        assert torch.equal(y, expected)
+        assert (storage[:start] == 77).all() and (storage[start + count :] == 77).all()
+
+
 def test_concurrent_callers(pool):
     """Six Python threads at once, as under DDP hooks, DataParallel and autograd."""
     inputs = list(large_inputs())
