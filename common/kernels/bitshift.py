@@ -272,16 +272,15 @@ def _one_row(x, packed, bias):
     codes = packed.codes
     added = None if bias is None else (bias.shape, bias.dtype, bias.is_cpu)
     kinds = x.shape, x.dtype, codes.shape, codes.dtype, added
-    return _find_one_row(*kinds, packed.shape, packed.bits, packed.base, packed.zero)
+    return _find_one_row(_KERNELS["cpu"](), *kinds, packed.shape, packed.bits, packed.base, packed.zero)
 
 
 @functools.lru_cache(maxsize=256)
-def _find_one_row(x_shape, x_dtype, codes_shape, codes_dtype, added, shape, bits, base, zero):
+def _find_one_row(kernels, x_shape, x_dtype, codes_shape, codes_dtype, added, shape, bits, base, zero):
     if len(shape) != 2 or x_shape[-1:] != shape[1:] or x_shape.numel() != shape[1]:
         return None
     is_right = x_dtype == torch.float32 and codes_dtype == torch.uint8 and codes_shape == (code_bytes(shape, bits),)
     is_right = is_right and added in (None, (shape[:1], torch.float32, True))
-    kernels = _cpu_kernels()
     if not (kernels and is_right and shape[0] and shape[1]) or shape[0] % GROUP or shape[1] % 8:
         return None
     return kernels.one_row((*x_shape[:-1], shape[0]), shape[1], bits, base, zero)

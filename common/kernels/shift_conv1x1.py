@@ -6,6 +6,7 @@ the shifted tensor is never written.
 """
 
 import functools
+import importlib
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +24,17 @@ def shift_conv1x1(x, weight, bias=None, stride=1, kernel_size=3, dilation=1):
     The sums' order differs from F.conv2d's, and does not depend on the number of threads.
     Raises TypeError and ValueError for arguments other than these.
     """
+    calls_kernel = is_plain(x, weight, bias)
+    if calls_kernel and x.is_cpu and not torch.is_autocast_enabled("cpu"):  # the shortest way: small layers take 0.2 ms
+        find = _prepared(x, weight, bias, stride, kernel_size, dilation)
+        if find:
+            write, size, strides = find
+            y = x.new_empty_strided(size, strides)
+            write(x, weight, bias, y)
+            return y
     if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
         return F.conv2d(shift2d(x, kernel_size, dilation), weight, bias, stride)
-    call = _shift_conv1x1 if is_plain(x, weight, bias) else _operator
+    call = _shift_conv1x1 if calls_kernel else _operator
     return call(x, weight, bias, stride, kernel_size, dilation)
 
 
@@ -69,6 +78,31 @@ def _cuda_kernel():
 
 
 _KERNELS = {"cpu": _cpu_kernel, "cuda": _cuda_kernel}
+
+
+def _prepared(x, weight, bias, stride, kernel_size, dilation):
+    """(the CPU's fused kernel, size and strides of y), found once for such tensors; None: another case, or wrong."""
+    find_kernel = _KERNELS.get("cpu")
+    added = None if bias is None else (bias.shape, bias.dtype, bias.is_cpu, bias.is_contiguous())
+    weights = weight.shape, weight.dtype, weight.is_cpu, weight.is_contiguous()
+    kinds = x.shape, x.stride(), x.dtype, weights, added
+    return _find_prepared(find_kernel and find_kernel(), *kinds, stride, kernel_size, dilation)
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _find_prepared(kernel, shape, strides, dtype, weights, added, stride, kernel_size, dilation):
+    if not kernel or len(shape) != 4 or len(weights[0]) != 4 or not (shape.numel() and weights[0][0]):
+        return None
+    outputs = weights[0][0]
+    is_right = weights == ((outputs, shape[1], 1, 1), dtype, True, True)
+    is_right = is_right and added in (None, ((outputs,), dtype, True, True))
+    if not is_right or not all(type(n) is int and 1 <= n < 2**31 for n in (stride, kernel_size, dilation)):
+        return None
+    kernels = importlib.import_module(kernel.__module__)
+    write = kernels.prepared(shape, strides, dtype, outputs, stride, kernel_size, dilation)
+    x = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    y = _output(x, torch.empty(weights[0], device="meta"), stride)
+    return write and (write, y.shape, y.stride())
 
 
 def _shift_conv1x1(x, weight, bias, stride, kernel_size, dilation):

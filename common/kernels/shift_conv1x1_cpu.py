@@ -6,7 +6,6 @@ copied. Imported on first use, never by the package: numba loads slowly.
 """
 
 import functools
-import math
 
 import numpy as np
 import torch
@@ -130,28 +129,41 @@ def _plan(shape, outputs, stride, kernel_size, dilation):
 def shift_conv1x1_cpu(x, weight, bias, y, stride, kernel_size, dilation):
     """Write the 1x1 convolution of the shifted x into y, both channels-last or both contiguous.
 
-    Returns False, and does nothing, where plain operations are as fast or this kernel cannot do it: other dtypes than
-    float32, contiguous tensors, channels not a multiple of 8, outputs not of 16, longer vectors than AVX2's.
+    Returns False, and does nothing, where plain operations are as fast or this kernel cannot do it: see `prepared`.
     """
-    outputs, channels = weight.shape[:2]
-    is_last = x.is_contiguous(memory_format=torch.channels_last) and y.is_contiguous(memory_format=torch.channels_last)
-    fits = (
-        x.dtype == torch.float32
-        and is_last
-        and channels % 8 == 0
-        and outputs % WIDTH == 0
-        and kernel_size // 2 * dilation <= MOST_REACH
-    )
-    if not fits or not equals_library():
+    if not y.is_contiguous(memory_format=torch.channels_last):
         return False
-    threads.advise_large_pages(y)
-    plan, bands, zeros, _ = _plan(tuple(x.shape[1:]), outputs, stride, kernel_size, dilation)
-    weight = weight.contiguous()
-    bias = torch.zeros(outputs) if bias is None else bias.contiguous()
-    addresses = x.data_ptr(), y.data_ptr(), weight.data_ptr(), bias.data_ptr(), zeros, plan
-    x_size, y_size = (4 * math.prod(each.shape[1:]) for each in (x, y))
-    items, count = x.shape[0] * bands, torch.get_num_threads()
-    grain = max(1, min(IN_A_ROW, items // (16 * count)))
-    arguments = *addresses, bands, x_size, y_size, outputs // WIDTH, channels, grain * (count - 1)
-    threads.run(load(), arguments, items, y_size // 4 * channels // 4 // bands, outputs * channels * 4, grain=grain)
-    return True
+    write = prepared(x.shape, x.stride(), x.dtype, weight.shape[0], stride, kernel_size, dilation)
+    if write:
+        write(x, weight.contiguous(), None if bias is None else bias.contiguous(), y)
+    return bool(write)
+
+
+@functools.lru_cache(maxsize=256)
+def prepared(shape, strides, dtype, outputs, stride, kernel_size, dilation):
+    """Function of x of this shape, contiguous weight and bias or None, and channels-last y, to be written.
+
+    None for other dtypes of x than float32, contiguous tensors, channels not a multiple of 8, outputs not of 16, longer
+    vectors than AVX2's.
+    """
+    images, channels, height, width = shape
+    x = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    is_small = kernel_size // 2 * dilation <= MOST_REACH
+    fits = dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last) and is_small
+    if not fits or channels % 8 or outputs % WIDTH or not equals_library():
+        return None
+    (plan, bands, zeros, kept), kernel = _plan(shape[1:], outputs, stride, kernel_size, dilation), load()
+    no_bias, x_size = torch.zeros(outputs), 4 * channels * height * width
+    y_size, items = 4 * outputs * -(-height // stride) * -(-width // stride), images * bands
+    item_bytes, scratch_bytes = y_size // 4 * channels // 4 // bands, outputs * channels * 4
+    sizes = zeros, plan, bands, x_size, y_size, outputs // WIDTH, channels
+
+    def write(x, weight, bias, y, kept=kept):
+        threads.advise_large_pages(y)
+        bias, count = no_bias if bias is None else bias, torch.get_num_threads()
+        grain = max(1, min(IN_A_ROW, items // (16 * count)))
+        addresses = x.data_ptr(), y.data_ptr(), weight.data_ptr(), bias.data_ptr()
+        arguments = *addresses, *sizes, grain * (count - 1)
+        threads.run(kernel, arguments, items, item_bytes, scratch_bytes, grain=grain)
+
+    return write

@@ -102,7 +102,8 @@ def test_the_kernel_runs(monkeypatch):
 
 def test_without_kernels(monkeypatch):
     monkeypatch.setattr(module, "_KERNELS", {})
-    x, weight, bias = random_case((2, 20, 6, 6), 16)
+    x, weight, bias = random_case((2, 48, 6, 6), 16)
+    assert module._prepared(x, weight, bias, 2, 3, 1) is None
     assert torch.equal(shift_conv1x1(x, weight, bias, 2), shift_conv1x1_reference(x, weight, bias, 2))
 
 
