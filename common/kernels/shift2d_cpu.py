@@ -182,25 +182,27 @@ def _pixel_masks(channels, item, direction):
 
 @functools.lru_cache(maxsize=64)
 def _plan(shape, item, kernel_size, dilation, direction, channels_last):
-    """(kernel, its arguments after x and y, items, item_bytes, scratch, whether zeroed, masks to keep)."""
+    """(kernel, as function of its arguments, those after x and y, bytes of y, masks to keep)."""
     planes, rows, neighbours = load()
     n, channels, height, width = shape
     # Beyond the image a longer step changes nothing; a shorter one cannot overflow.
     step_y, step_x = direction * min(dilation, height), direction * min(dilation, width)
+    pixel, row = channels * item, width * channels * item
+    size = n * height * row
     if not channels_last:
         address, row, masks = _edge_masks(width, item, kernel_size, step_x)
         arguments = address, channels, height, row, kernel_size, step_y, step_x * item
-        return planes, arguments, n * channels, height * row, 0, False, masks
-    pixel, row = channels * item, width * channels * item
+        return threads.prepared(planes, n * channels, height * row), arguments, size, masks
     if kernel_size == 3 and dilation == 1 and pixel >= VECTOR:
         address, masks = _pixel_masks(channels, item, direction)
-        streams = int(n * height * row > threads.cache_bytes() // 2)  # else y may still be there when it is read
+        streams = int(size > threads.cache_bytes() // 2)  # else y may still be there when it is read
+        kernel, arguments = neighbours, (address, pixel, height, width, streams)
         scratch = row + 2 * VECTOR * -(-pixel // VECTOR)
-        return neighbours, (address, pixel, height, width, streams), n * height, row, scratch, True, masks
-    address, block, masks = _tap_masks(channels, item, kernel_size)
-    sizes = address, block, pixel, height, width
-    scratch = 2 * (row + kernel_size // 2 * abs(step_x) * pixel)
-    return rows, (*sizes, kernel_size, step_y, step_x), n * height, row, scratch, True, masks
+    else:
+        address, block, masks = _tap_masks(channels, item, kernel_size)
+        kernel, arguments = rows, (address, block, pixel, height, width, kernel_size, step_y, step_x)
+        scratch = 2 * (row + kernel_size // 2 * abs(step_x) * pixel)
+    return threads.prepared(kernel, n * height, row, scratch, zeroed=True), arguments, size, masks
 
 
 def shift2d_cpu(x, y, kernel_size, dilation, direction, channels_last):
@@ -208,8 +210,8 @@ def shift2d_cpu(x, y, kernel_size, dilation, direction, channels_last):
 
     Returns True: there is no size that it cannot do.
     """
-    plan = _plan(x.shape, x.element_size(), kernel_size, dilation, direction, channels_last)
-    kernel, arguments, items, item_bytes, scratch, zeroed, _ = plan
-    threads.advise_large_pages(y)
-    threads.run(kernel, (x.data_ptr(), y.data_ptr(), *arguments), items, item_bytes, scratch, zeroed)
+    run, arguments, size, _ = _plan(x.shape, x.element_size(), kernel_size, dilation, direction, channels_last)
+    if size > threads.LARGE:
+        threads.advise_large_pages(y)
+    run(x.data_ptr(), y.data_ptr(), *arguments)
     return True
