@@ -7,11 +7,10 @@ plain PyTorch elsewhere, which is the definition: unpack, then the library's pro
 """
 
 import functools
-import logging
-import threading
 
 import torch
 
+from common.kernels.bitshift_fixed import fixed_layer, overflow_count
 from common.kernels.bitshift_int8 import linear_int8
 from common.kernels.bitshift_pack import (
     GROUP,
@@ -28,7 +27,6 @@ from common.kernels.bitshift_reference import (
     conv2d_reference,
     linear_fixed_reference,
     linear_reference,
-    wide,
 )
 from common.kernels.eager import is_plain, loaded
 from common.kernels.shift2d import memory_format_of
@@ -37,7 +35,6 @@ __all__ = ["PackedShiftWeights", "bitshift_conv2d", "bitshift_linear", "overflow
 
 FLOAT = -1  # `fraction` of the operators that asks for float arithmetic
 MOST_LEFT_SHIFT = 16  # of the fixed-point path: exact 64-bit sums up to here
-_log = logging.getLogger("effnets")
 
 
 def bitshift_linear(x, packed, bias=None, arithmetic="float", activation_bits=(16, 16)):
@@ -90,44 +87,6 @@ def bitshift_conv2d(
     if is_plain(x, bias):
         return _conv2d(x, weights, bias, *geometry, fraction)
     return _conv2d_operator(x, weights.codes, bias, *weights[1:], *geometry, fraction)
-
-
-def overflow_count(reset=False):
-    """Integers of the fixed-point path, since the start or the last reset, that did not fit into int32.
-
-    Counts inputs beyond the range, which are cut off there (NaN becomes 0), and outputs, which wrap as in the
-    original. Waits for CUDA devices that computed in fixed point.
-    """
-    with _overflows.lock:
-        total = sum(int(count) for count in _overflows.counts.values())
-        if reset:
-            for count in _overflows.counts.values():
-                count.zero_()
-            _overflows.reported = False
-    return total
-
-
-class _Overflows:
-    """Per device a tensor that counts, so that a GPU need not be waited for."""
-
-    def __init__(self):
-        self.lock, self.counts, self.reported = threading.Lock(), {}, False
-
-    def add(self, count):
-        with self.lock, torch.no_grad():
-            if count.device not in self.counts:
-                self.counts[count.device] = torch.zeros((), dtype=torch.int64, device=count.device)
-            self.counts[count.device] += count
-            if count.device.type == "cpu" and not self.reported and count:
-                self.reported = True
-                _log.warning(
-                    "bitshift: %d integers of a fixed-point layer exceed int32; results wrap. More fraction bits than "
-                    "the values leave room for? Further ones are counted in silence: overflow_count()",
-                    int(count),
-                )
-
-
-_overflows = _Overflows()
 
 
 def _weights(packed, name, dimensions):
@@ -202,30 +161,6 @@ def _check_conv2d(x, weights, bias, groups, fraction):
         raise ValueError(f"bitshift_conv2d: x must have shape (N, {channels}, H, W), not {tuple(x.shape)}")
 
 
-def to_fixed(x, fraction):
-    """int32 integers of x * 2**fraction, truncated toward zero; (integers, number of x outside of int32).
-
-    Those outside are cut off at the ends, NaN becomes 0.
-    """
-    scaled = (x.double() * 2.0**fraction).trunc()
-    limits = torch.iinfo(torch.int32)
-    outside = ((scaled < limits.min) | (scaled > limits.max) | scaled.isnan()).sum()
-    return scaled.nan_to_num(0.0, limits.max, limits.min).clamp(limits.min, limits.max).int(), outside
-
-
-def _fixed(x, bias, fraction, exact_sums, channel):
-    """Fixed-point layer around exact_sums(int32 x) -> int64 sums without bias, outputs along dimension `channel`."""
-    integers, outside = to_fixed(x, fraction) if x.is_floating_point() else (x, None)
-    sums = exact_sums(integers)
-    if bias is not None:
-        added, outside_bias = to_fixed(bias, fraction) if x.is_floating_point() else (bias, 0)
-        outside = None if outside is None else outside + outside_bias
-        sums = sums + added.long().view([-1 if d == channel % sums.dim() else 1 for d in range(sums.dim())])
-    y = sums.int()
-    _overflows.add((y != sums).sum() + (0 if outside is None else outside))
-    return (y.to(wide(x.dtype)) / 2.0**fraction).to(x.dtype) if x.is_floating_point() else y
-
-
 # The operators.
 
 
@@ -252,7 +187,7 @@ def _linear(x, weights, bias, fraction):
     _check_linear(x, weights, bias, fraction)
     kernels = _kernels(x)
     if fraction != FLOAT:
-        return _fixed(x, bias, fraction, lambda integers: _linear_sums(kernels, integers, weights), -1)
+        return fixed_layer(x, bias, fraction, lambda integers: _linear_sums(kernels, integers, weights), -1)
     if kernels is None:
         return linear_reference(x, weights, bias)
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
@@ -304,7 +239,7 @@ def _conv2d(x, weights, bias, stride, padding, dilation, groups, fraction):
     output_size(x.shape, weights.shape, stride, padding, dilation)
     geometry, kernels = (stride, padding, dilation, groups), _kernels(x)
     if fraction != FLOAT:
-        y = _fixed(x, bias, fraction, lambda integers: _conv2d_sums(kernels, integers, weights, geometry), 1)
+        y = fixed_layer(x, bias, fraction, lambda integers: _conv2d_sums(kernels, integers, weights, geometry), 1)
         return y.contiguous(memory_format=memory_format_of(x))
     if kernels is None:
         return conv2d_reference(x, weights, bias, *geometry)

@@ -21,6 +21,7 @@ from common.kernels import (
 from tests.common.bitshift_cases import CODES, exponents, fixed_conv2d, fixed_linear, random_parts, random_weights
 
 module = importlib.import_module("common.kernels.bitshift")
+bitshift_fixed = importlib.import_module("common.kernels.bitshift_fixed")
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "deepshift.json"
 SHAPES = [(1, 1), (3, 5), (32, 8), (33, 100), (7, 3, 3, 3), (4, 1, 1, 2), (0, 4), (5, 0)]
 
@@ -176,7 +177,7 @@ def test_fixed_from_floats(path):
 
 
 def test_overflow_is_counted_and_wraps(path, monkeypatch, caplog):
-    monkeypatch.setattr(module, "_overflows", module._Overflows())
+    monkeypatch.setattr(bitshift_fixed, "_overflows", bitshift_fixed._Overflows())
     packed = pack_shift_weights(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), 4, "PS")
     x = torch.tensor([[2**31 - 1, 2**31 - 1], [5, 6]]).int()
     y = bitshift_linear(x, packed, arithmetic="fixed")
@@ -191,7 +192,7 @@ def test_overflow_is_counted_and_wraps(path, monkeypatch, caplog):
 
 def test_left_shifts_beyond_int32(path, monkeypatch):
     """Weights above 1 on large inputs: exact, then wrapped and counted."""
-    monkeypatch.setattr(module, "_overflows", module._Overflows())
+    monkeypatch.setattr(bitshift_fixed, "_overflows", bitshift_fixed._Overflows())
     packed = pack_shift_weights(torch.tensor([[4.0, -4.0, 2.0]]), 3, "S3")
     x = torch.tensor([[2**30, 2**30, -5], [2**30, 0, 0]]).int()
     assert bitshift_linear(x, packed, arithmetic="fixed").tolist() == [[-10], [0]] and overflow_count() == 1
