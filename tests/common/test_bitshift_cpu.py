@@ -155,6 +155,22 @@ def test_one_row_far_from_one(numba, scheme, bits, of_x, of_weights):
     assert expected.any() and expected.float().isfinite().all()
 
 
+@pytest.mark.parametrize("shape", [(25088,), (1, 1, 25088)])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("scheme, bits", CODES)
+def test_a_long_row(numba, scheme, bits, has_bias, shape):
+    """Sums of sums: the error does not grow with the length. Also the sizes that take the shortest way."""
+    generator = torch.Generator().manual_seed(0)
+    weight = random_weights((64, 25088), scheme, bits)
+    x, bias = torch.randn(shape, generator=generator), torch.randn(64, generator=generator) if has_bias else None
+    packed = pack_shift_weights(weight, bits, scheme)
+    assert module._one_row(x, packed, bias)
+    expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    y = bitshift_linear(x, packed, bias)
+    assert y.shape == expected.shape and y.dtype == torch.float32
+    assert (y - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
 @pytest.mark.parametrize("scheme, bits", CODES)
 def test_one_row_with_a_value_that_is_no_number(numba, scheme, bits, value):
