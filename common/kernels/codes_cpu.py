@@ -9,14 +9,15 @@ input is loaded once and no lane is ever summed with another.
 Codes of up to 5 bits go faster into a sum: a magnitude in the lowest bits of a float's exponent is a power of two near
 the smallest float, or 0. With its sign eight places above it (`plane_order`), half an AND and one shift make it one.
 Sums of such small weights are scaled once, and x before, so that its products stay away from the ends of float32.
+Where the processor has AVX2 and FMA, codes_cpu_avx2.py writes these instructions out.
 """
 
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from common.kernels import codes_cpu_avx2
 from common.kernels.bitshift_pack import GROUP, low_bits, plane_order
 from common.kernels.vectors import (
     BYTES,
@@ -31,6 +32,7 @@ from common.kernels.vectors import (
     multiply_add,
     number,
     prefetch,
+    processor_has,
     same,
     shuffle,
     store,
@@ -48,12 +50,6 @@ def _shift_bytes(builder, vector, left):
     words, shift = builder.bitcast(vector, WORDS), same(WORDS, abs(left))
     moved = builder.shl(words, shift) if left > 0 else builder.lshr(words, shift)
     return builder.bitcast(moved, BYTES)
-
-
-def _has_byte_shuffle():
-    """Whether numba compiles for a processor with AVX2 (it can be told not to)."""
-    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
-    return triple.startswith(("x86_64", "amd64")) and "+avx2" in features.split(",")
 
 
 class _Tables:
@@ -162,28 +158,36 @@ def small_exponent(bits, base, zero):
 
 def _sums(builder, bits, zero, codes, x, blocks, tables):
     """Four vectors: the sums of 32 outputs over `blocks` blocks, weights small where they can be."""
+    is_small = bits in SMALL_WEIGHTS
+    in_assembly = is_small and codes_cpu_avx2.available()
     # With 2-bit planes two of each sum: decoding is as fast as an addition. Otherwise registers would run out.
-    count = 2 if low_bits(bits) == 2 else 1
-    sums = [[cgutils.alloca_once(builder, FLOATS) for _ in range(4)] for _ in range(count)]
-    for total in (total for part in sums for total in part):
+    count = codes_cpu_avx2.SUMS if in_assembly else 8 if low_bits(bits) == 2 else 4
+    sums = [cgutils.alloca_once(builder, FLOATS) for _ in range(count)]
+    for total in sums:
         builder.store(same(FLOATS, 0.0), total)
     with cgutils.for_range(builder, blocks) as loop:
         block = builder.add(codes, builder.mul(loop.index, number(GROUP * bits)))
         inputs = builder.add(x, builder.mul(loop.index, number(8 * 4)))
         for line in range(0, GROUP * bits, 64):
             prefetch(builder, at(builder, block, AHEAD + line))
-        if bits in SMALL_WEIGHTS:
-            groups = _small_groups(builder, bits, zero, block)
+        if in_assembly:
+            codes_cpu_avx2.add_products(builder, bits, zero, block, inputs, sums)
+        elif is_small:
+            _add_products(builder, _small_groups(builder, bits, zero, block), inputs, sums)
         else:
-            groups = _groups(builder, bits, block, tables)
-        for group, weights in enumerate(groups):
-            value = broadcast(builder, FLOATS, inputs, 4 * group)
-            for weight, total in zip(weights, sums[group % count], strict=True):
-                builder.store(multiply_add(builder, weight, value, builder.load(total)), total)
-    first, *others = ([builder.load(total) for total in part] for part in sums)
+            _add_products(builder, _groups(builder, bits, block, tables), inputs, sums)
+    first, *others = ([builder.load(total) for total in sums[i : i + 4]] for i in range(0, count, 4))
     for other in others:
         first = [builder.fadd(a, b) for a, b in zip(first, other, strict=True)]
     return first
+
+
+def _add_products(builder, groups, x, sums):
+    for group, weights in enumerate(groups):
+        value = broadcast(builder, FLOATS, x, 4 * group)
+        for i, weight in enumerate(weights):
+            total = sums[(4 * group + i) % len(sums)]
+            builder.store(multiply_add(builder, weight, value, builder.load(total)), total)
 
 
 def _make_dot(bits, zero):
@@ -194,7 +198,7 @@ def _make_dot(bits, zero):
         def codegen(context, builder, signature, arguments):
             codes, x, y, blocks, tables = arguments
             if bits not in SMALL_WEIGHTS:
-                tables = _Tables(builder, bits, tables, _has_byte_shuffle())
+                tables = _Tables(builder, bits, tables, processor_has("avx2"))
             # Sums of sums: the error of a float32 sum grows with its length.
             for i in range(4):
                 store(builder, same(FLOATS, 0.0), y, 32 * i)
@@ -221,7 +225,7 @@ def _make_unpack(bits):
 
         def codegen(context, builder, signature, arguments):
             codes, y, blocks, stride, tables = arguments
-            tables = _Tables(builder, bits, tables, _has_byte_shuffle())
+            tables = _Tables(builder, bits, tables, processor_has("avx2"))
             with cgutils.for_range(builder, blocks) as loop:
                 block = builder.add(codes, builder.mul(loop.index, ir.Constant(I64, GROUP * bits)))
                 first = builder.mul(loop.index, ir.Constant(I64, 8))

@@ -77,9 +77,9 @@ class Kernel:
 
 @functools.cache
 def _sources():
-    """Digest of all that is compiled together."""
-    digest, folder = hashlib.sha256(), Path(__file__).parent
-    for path in sorted([*folder.glob("*_cpu*.py"), folder / "vectors.py", folder / "bitshift_pack.py"]):
+    """Digest of all that may be compiled together: this folder."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -7,12 +7,19 @@ the kernels only: numba loads slowly.
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 I8, I16, I32, I64, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 BYTES, WORDS = ir.VectorType(I8, 32), ir.VectorType(I16, 16)
 INTS, FLOATS = ir.VectorType(I32, 8), ir.VectorType(FLOAT, 8)
 LONGS = ir.VectorType(I64, 8)
+
+
+def processor_has(*features):
+    """Whether numba compiles for an x86-64 processor with all these features (it can be told not to)."""
+    triple, _, known = cpu_target.target_context.codegen().magic_tuple()
+    return triple.startswith(("x86_64", "amd64")) and {f"+{name}" for name in features} <= set(known.split(","))
 
 
 def same(vector, value):

@@ -101,13 +101,13 @@ def test_after_a_fork(pool):
     assert child.exitcode == 0
 
 
-WITHOUT_BYTE_SHUFFLE = """
+WITHOUT_ASSEMBLY = """
 import torch, torch.nn.functional as F
 from common.kernels import bitshift_linear, bitshift_conv2d, pack_shift_weights
 from common.kernels.shift2d import memory_format_of
 from tests.common.bitshift_cases import CODES, random_weights
-from common.kernels import codes_cpu
-assert not codes_cpu._has_byte_shuffle()
+from common.kernels import codes_cpu_avx2
+assert not codes_cpu_avx2.available()
 for scheme, bits in CODES:
     weight = random_weights((40, 24), scheme, bits)
     packed, x = pack_shift_weights(weight, bits, scheme), torch.randint(-8, 9, (3, 24)).float()
@@ -125,11 +125,24 @@ for scheme, bits in CODES:
 """
 
 
+def _without(feature):
+    """Variables with which numba compiles for this processor without AVX (and what needs it) or without FMA."""
+    if feature == "avx":
+        return {"NUMBA_ENABLE_AVX": "0"}
+    features = pytest.importorskip("llvmlite.binding").get_host_cpu_features()
+    if not features.get(feature):
+        pytest.skip(f"this processor has no {feature}")
+    features[feature] = False
+    return {"NUMBA_CPU_FEATURES": features.flatten()}
+
+
 @pytest.mark.slow
-def test_on_a_processor_without_avx2(numba, tmp_path):
-    """numba told to leave AVX out: the bytes of the floats are computed instead of looked up."""
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_ENABLE_AVX": "0", "NUMBA_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", WITHOUT_BYTE_SHUFFLE]
+@pytest.mark.parametrize("feature", ["avx", "fma"])
+def test_on_a_processor_without(numba, tmp_path, feature):
+    """Weights made in the instructions that LLVM chooses; without AVX, the bytes of floats computed, not looked up."""
+    option = _without(feature)
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": str(tmp_path), **option}
+    command = [sys.executable, "-c", WITHOUT_ASSEMBLY]
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
