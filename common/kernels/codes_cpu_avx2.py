@@ -44,13 +44,12 @@ def _pairs(bits, plane):
     return [f"vmovdqu {32 * plane}($8), %ymm8", *signs, *interleave]
 
 
-def _products(place, constants, zero, pairs, total):
+def _products(place, zero, pairs, total):
     """ymm`total` and the next += the lower and the upper codes of the words of ymm`pairs`, times ymm10."""
-    factor, fields, offset = (f"{32 * (constants + i)}($10)" for i in range(3))
     return [
-        f"vpand {fields}, %ymm{pairs}, %ymm11",
-        *([] if zero else [f"vpor {offset}, %ymm11, %ymm11"]),
-        f"vpmullw {factor}, %ymm11, %ymm12",
+        f"vpand %ymm14, %ymm{pairs}, %ymm11",
+        *([] if zero else ["vpor %ymm15, %ymm11, %ymm11"]),
+        "vpmullw %ymm13, %ymm11, %ymm12",
         f"vpslld $${23 - place}, %ymm11, %ymm11",
         f"vfmadd231ps %ymm11, %ymm10, %ymm{total}",
         f"vfmadd231ps %ymm12, %ymm10, %ymm{total + 1}",
@@ -64,8 +63,9 @@ def _block(bits, zero):
         lines += _pairs(bits, plane)
         for index, place in enumerate(range(0, 8, low_bits(bits))):
             lines.append(f"vbroadcastss {4 * group}($9), %ymm10")
+            lines += [f"vmovdqu {96 * index + 32 * i}($10), %ymm{13 + i}" for i in range(2 if zero else 3)]
             for half in (0, 1):
-                lines += _products(place, 3 * index, zero, 8 + half, 4 * (group % 2) + 2 * half)
+                lines += _products(place, zero, 8 + half, 4 * (group % 2) + 2 * half)
             group += 1
     return lines
 
@@ -84,7 +84,7 @@ def add_products(builder, bits, zero, codes, x, sums):
     result = ir.LiteralStructType([FLOATS] * SUMS)
     function = ir.FunctionType(result, [pointer] * 3 + [FLOATS] * SUMS)
     outputs = [f"={{ymm{i}}}" for i in range(SUMS)]
-    used = [f"~{{ymm{i}}}" for i in range(SUMS, SUMS + 5)]
+    used = [f"~{{ymm{i}}}" for i in range(SUMS, 16)]
     operands = ",".join([*outputs, "r", "r", "r", *map(str, range(SUMS)), *used, "~{memory}"])
     text = "\\0A".join(_block(bits, zero))
     totals = builder.asm(function, text, operands, [*addresses, *map(builder.load, sums)], True)
