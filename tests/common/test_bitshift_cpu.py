@@ -125,11 +125,18 @@ for scheme, bits in CODES:
 """
 
 
+def test_assembly_where_the_processor_takes_it(numba):
+    """Otherwise every test would pass without it."""
+    features = importlib.import_module("llvmlite.binding").get_host_cpu_features()
+    available = importlib.import_module("common.kernels.codes_cpu_avx2").available()
+    assert available == (features.get("avx2", False) and features.get("fma", False))
+
+
 def _without(feature):
     """Variables with which numba compiles for this processor without AVX (and what needs it) or without FMA."""
     if feature == "avx":
         return {"NUMBA_ENABLE_AVX": "0"}
-    features = pytest.importorskip("llvmlite.binding").get_host_cpu_features()
+    features = importlib.import_module("llvmlite.binding").get_host_cpu_features()
     if not features.get(feature):
         pytest.skip(f"this processor has no {feature}")
     features[feature] = False
