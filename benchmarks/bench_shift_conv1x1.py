@@ -3,10 +3,11 @@
     python benchmarks/bench_shift_conv1x1.py [--expansions 1 3 6 9] [--batch 50]
 
 All shapes of ShiftResNet20, 56 and 110 (inputs x expansion -> outputs), channels-last, fp32, the batch of
-shiftresnet/eval.py on a CPU; then whole networks as eval.py runs them. Target: 1.10x the 1x1 convolution alone. Where
-that has stride 2 it reads a quarter of the pixels; shifts bring in all of them.
+shiftresnet/eval.py on a CPU, the channels in the order in which eval.py has them (by tap), and in shift2d's; then whole
+networks as eval.py runs them: shifts fused, batch norms folded. Target: 1.10x the 1x1 convolution alone.
 """
 
+import copy
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import timing
-from common.kernels import shift2d, shift_conv1x1
+from common.kernels import shift2d, shift_conv1x1, tap_order
 from shiftresnet.engine import TEST_BATCH_SIZE, fused_shifts
 from shiftresnet.models import DEPTHS, Config, build_model
 
@@ -47,30 +48,39 @@ def compare_shape(args, channels, outputs, stride, size):
 
     inputs, weight = timing.rotated(args, make), torch.randn(outputs, channels, 1, 1, device=args.device)
     x = inputs[0]
+    order = tap_order(channels).to(args.device)
+    by_tap = weight[:, order]
     expected = F.conv2d(shift2d(x).double(), weight.double(), None, stride)
-    wrong = (shift_conv1x1(x, weight, None, stride) - expected).abs().max() / expected.abs().max()
-    assert wrong < 1e-5, f"shift_conv1x1 is wrong by {wrong:.1e}"
+    for y in (shift_conv1x1(x, weight, None, stride), shift_conv1x1(x[:, order], by_tap, None, stride, by_tap=True)):
+        wrong = (y - expected).abs().max() / expected.abs().max()
+        assert wrong < 1e-5, f"shift_conv1x1 is wrong by {wrong:.1e}"
     candidates = {
-        "shift_conv1x1": lambda run: shift_conv1x1(inputs[run % len(inputs)], weight, None, stride),
+        "shift_conv1x1": lambda run: shift_conv1x1(inputs[run % len(inputs)], by_tap, None, stride, by_tap=True),
+        "shift_conv1x1 in shift2d's order": lambda run: shift_conv1x1(inputs[run % len(inputs)], weight, None, stride),
         "1x1 alone": lambda run: F.conv2d(inputs[run % len(inputs)], weight, None, stride),
         "shift2d, then 1x1": lambda run: F.conv2d(shift2d(inputs[run % len(inputs)]), weight, None, stride),
     }
     pixels = expected[:, 0].numel()
     title = f"shift + 1x1, {channels} -> {outputs}, stride {stride}, {size}x{size}, batch {args.batch}"
-    moved, operations = 4 * (x.numel() + pixels * outputs), 2 * pixels * outputs * channels
+    # An output has one input of each channel, whatever the stride.
+    moved, operations = 4 * pixels * (channels + outputs), 2 * pixels * outputs * channels
     comparison = timing.Comparison(args, title, candidates, moved, operations)
     comparison.ratio("shift_conv1x1 / 1x1 alone: time ratio", "shift_conv1x1", "1x1 alone")
+    comparison.ratio("shift_conv1x1 in shift2d's order / 1x1 alone: time ratio", [*candidates][1], "1x1 alone")
     comparison.ratio("shift2d, then 1x1 / shift_conv1x1: time ratio", "shift2d, then 1x1", "shift_conv1x1")
     return comparison
 
 
 def compare_layers(args, expansion):
-    """The comparisons of all layers, and their sums over the networks."""
+    """The comparisons of all layers, the slowest of them, and their sums over the networks."""
     comparisons, seconds = [], []
     for width, outputs, stride, size, count in SHAPES:
         comparison = compare_shape(args, width * expansion, outputs, stride, size)
         comparisons.append(comparison)
         seconds.append((count, {name: comparison.quartiles(name)[1] for name in comparison.times}))
+    slowest = max(times["shift_conv1x1"] / times["1x1 alone"] for _, times in seconds)
+    text = f"slowest of the layers, expansion {expansion}: shift_conv1x1 / 1x1 alone"
+    comparisons[-1].record(f"{text}: time ratio", slowest)
     for depth in NETWORKS:
         sums = {name: sum(count(DEPTHS[depth]) * times[name] for count, times in seconds) for name in seconds[0][1]}
         text = f"all layers of ShiftResNet{depth}, expansion {expansion}: shift_conv1x1 / 1x1 alone"
@@ -82,16 +92,15 @@ def compare_network(args, depth, expansion):
     """One batch through the whole network: as it trains, in both layouts, and as eval.py runs it."""
     model = build_model(Config(f"shiftresnet{depth}", expansion=expansion)).to(args.device).eval()
     x = torch.randn(args.batch, 3, 32, 32, device=args.device)
-    last = x.to(memory_format=torch.channels_last)
-
-    def fused(run):
-        with fused_shifts(model, x) as images:
-            return model(images)
-
-    candidates = {"shift_conv1x1": fused, "unfused NCHW": lambda run: model(x), "unfused": lambda run: model(last)}
-    comparison = timing.Comparison(
-        args, f"ShiftResNet{depth}, expansion {expansion}, batch {args.batch}", candidates, 0
-    )
+    last, fused = x.to(memory_format=torch.channels_last), copy.deepcopy(model)
+    with fused_shifts(fused) as memory_format:
+        candidates = {
+            "shift_conv1x1": lambda run: fused(x.to(memory_format=memory_format)),
+            "unfused NCHW": lambda run: model(x),
+            "unfused": lambda run: model(last),
+        }
+        title = f"ShiftResNet{depth}, expansion {expansion}, batch {args.batch}"
+        comparison = timing.Comparison(args, title, candidates, 0)
     comparison.ratio("unfused, NCHW / shift_conv1x1: time ratio", "unfused NCHW", "shift_conv1x1")
     comparison.ratio("unfused, channels-last / shift_conv1x1: time ratio", "unfused", "shift_conv1x1")
     return comparison

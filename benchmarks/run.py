@@ -29,8 +29,9 @@ ALL = tuple(dict.fromkeys((*ON_CPU, *ON_GPU)))
 # A GPU waits for the host in the first steps, and for the clock in single ones.
 TRAINING_ON_GPU = ("--arch", "resnet18", "--batch-size", "128", "--warmup", "10", "--steps", "20")
 OURS = re.compile(r"shift2d|shift_conv1x1|bitshift|packed")  # rows of our kernels, not of what they are compared with
-ASIDE = re.compile(r"shift2d, then 1x1|, \d+ threads|forward, convolution")  # measured for the comparison only
-DETAILS = re.compile(r"conv .*, [^4] bits\b|^shift \+ 1x1(?!.*all layers)")  # left to the results files
+# Measured for the comparison only.
+ASIDE = re.compile(r"shift2d, then 1x1|in shift2d's order|, \d+ threads|forward, convolution")
+DETAILS = re.compile(r"conv .*, [^4] bits\b|^shift \+ 1x1(?!.*(?:all|the) layers)")  # left to the results files
 COLORS = ("#4477aa", "#ee6677", "#ccbb44", "#228833", "#66ccee")
 
 

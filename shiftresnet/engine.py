@@ -203,19 +203,20 @@ def _require_finite(loss, epoch, step):
 
 
 @contextlib.contextmanager
-def fused_shifts(model: nn.Module, images: torch.Tensor):
-    """Within it the network's shifts are fused into the 1x1 convolutions after them. Yields the images to run it on.
+def fused_shifts(model: nn.Module):
+    """Within it the network's shift blocks run fused: see `ShiftConv.fuse`. Yields the memory format for its images.
 
-    On a CPU these are channels-last, which the fused kernel wants; a network without shifts stays as it is.
+    On a CPU that is channels-last, which the fused kernel wants; a network without shifts stays as it is.
     """
     blocks = [module for module in model.modules() if isinstance(module, ShiftConv)]
-    for block in blocks:
-        block.fused = True
     try:
-        yield images.contiguous(memory_format=torch.channels_last) if blocks and images.is_cpu else images
+        for block in blocks:
+            block.fuse()
+        on_cpu = blocks and blocks[0].conv1.weight.is_cpu
+        yield torch.channels_last if on_cpu else torch.preserve_format
     finally:
         for block in blocks:
-            block.fused = False
+            block.unfuse()
 
 
 @torch.no_grad()
@@ -227,11 +228,11 @@ def evaluate(model: nn.Module, loader, *, world=World()) -> tuple[float, float]:
             dist.broadcast(buffer, 0)
     meter = Meter(loader.device)
     progress = Progress("test", len(loader), meter, world.is_main)
-    for images, targets in loader:
-        with fused_shifts(model, images) as images:
-            logits = model(images)
-        meter.add(F.cross_entropy(logits, targets, reduction="sum"), logits, targets)
-        progress.advance()
+    with fused_shifts(model) as memory_format:
+        for images, targets in loader:
+            logits = model(images.to(memory_format=memory_format))
+            meter.add(F.cross_entropy(logits, targets, reduction="sum"), logits, targets)
+            progress.advance()
     meter.reduce()
     progress.finish()
     return meter.result()[:2]

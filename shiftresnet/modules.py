@@ -4,10 +4,12 @@ Attribute names are those of the original repository, so that its state dicts lo
 (N, in_planes, H, W) to (N, out_planes, H / stride, W / stride).
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from common.kernels import shift2d, shift_conv1x1
+from common.kernels import shift2d, shift_conv1x1, tap_order
 
 
 def reduced(planes: int, reduction: float) -> int:
@@ -75,15 +77,11 @@ class BasicBlock(nn.Module):
 
 
 class ShiftConv(nn.Module):
-    """Conv-shift-conv: 1x1 to `expansion` times the output width, shift, 1x1 back (the CSC module of Sec. 3.2).
-
-    fused: run the shift and the convolution after it in one pass, without calling the two modules. Set for inference;
-    results differ in the last bits.
-    """
+    """Conv-shift-conv: 1x1 to `expansion` times the output width, shift, 1x1 back (the CSC module of Sec. 3.2)."""
 
     def __init__(self, in_planes, out_planes, stride=1, expansion=1.0):
         super().__init__()
-        self.fused = False
+        self.fused = None
         mid = int(out_planes * expansion)
         if mid < 1:
             raise ValueError(
@@ -96,14 +94,39 @@ class ShiftConv(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_planes)
         self.shortcut = shortcut(in_planes, out_planes, stride)
 
+    @torch.no_grad()
+    def fuse(self):
+        """From now on run the shift and the convolution after it in one pass, with the weights of now: for inference.
+
+        Batch norms are folded into the convolutions; on a CPU the middle channels are in `tap_order`. Results differ in
+        the last bits. `unfuse` ends it. Raises ValueError in training mode, where batch norms depend on the batch.
+        """
+        if self.training:
+            raise ValueError("ShiftConv.fuse: call eval() first")
+        folded = [
+            fuse_conv_bn_weights(conv.weight, None, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
+            for conv, bn in ((self.conv1, self.bn1), (self.conv2, self.bn2))
+        ]
+        (weight1, bias1), (weight2, bias2) = folded
+        by_tap = weight1.is_cpu
+        if by_tap:
+            order = tap_order(len(weight1), self.shift2.kernel_size)
+            weight1, bias1, weight2 = weight1[order], bias1[order], weight2[:, order]
+        sizes = self.conv2.stride[0], self.shift2.kernel_size, self.shift2.dilation, by_tap
+        self.fused = (weight1, bias1), (weight2, bias2, *sizes)
+
+    def unfuse(self):
+        """Run layer by layer again."""
+        self.fused = None
+
     def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))
-        if self.fused:
-            y = shift_conv1x1(y, self.conv2.weight, None, self.conv2.stride[0], self.shift2.kernel_size)
-        else:
-            y = self.conv2(self.shift2(y))
         # As in the original: ReLU before the addition and none after it, unlike the other blocks.
-        y = F.relu(self.bn2(y))
+        if self.fused:
+            expand, shift_and_project = self.fused
+            y = shift_conv1x1(F.conv2d(x, *expand).relu_(), *shift_and_project)
+            return y.relu_().add_(self.shortcut(x))  # in place: on a CPU new pages cost more than the arithmetic
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(self.shift2(y))))
         return y + self.shortcut(x)
 
 

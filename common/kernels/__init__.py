@@ -4,7 +4,7 @@ from common.kernels.bitshift import bitshift_conv2d, bitshift_linear, overflow_c
 from common.kernels.bitshift_pack import PackedShiftWeights, pack_shift_weights
 from common.kernels.multiply import multiply_conv2d, multiply_linear
 from common.kernels.shift2d import shift2d, shift2d_reference
-from common.kernels.shift_conv1x1 import shift_conv1x1, shift_conv1x1_reference
+from common.kernels.shift_conv1x1 import shift_conv1x1, shift_conv1x1_reference, tap_order
 
 __all__ = [
     "PackedShiftWeights",
@@ -18,4 +18,5 @@ __all__ = [
     "shift2d_reference",
     "shift_conv1x1",
     "shift_conv1x1_reference",
+    "tap_order",
 ]

@@ -14,6 +14,7 @@ from numba.extending import intrinsic
 
 from common.kernels.vectors import (
     FLOATS,
+    I32,
     I64,
     broadcast,
     clear_floats,
@@ -37,18 +38,18 @@ def equals_library():
     return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
-def _make_product(rows):
+def _make_tile(rows, asks):
     @intrinsic
-    def product(typing, weights, terms, count, x, places, start, starts, y, targets, ahead, pace):
+    def tile(typing, weights, terms, count, x, places, start, starts, y, targets, ahead, lines):
         """y[row, :16] = start[row, :16] + sum over i < count of weights[i, :16] * x[row, i]; floats
 
         All offsets are int64, in bytes. terms: `count` pairs, of weights[i, :16] to weights and of x[row, i] to
-        x + places[row]. Row `row` of start is at start + starts[row], that of y at y + targets[row]. With each term the
-        cache line at `ahead` is asked for, then `pace` bytes further on.
+        x + places[row]. Row `row` of start is at start + starts[row], that of y at y + targets[row]. With `asks`, the
+        cache line at ahead + lines[i], int32, is asked for with term i.
         """
 
         def codegen(context, builder, signature, arguments):
-            weights, terms, count, x, places, start, starts, y, targets, ahead, pace = arguments
+            weights, terms, count, x, places, start, starts, y, targets, ahead, lines = arguments
 
             def row_of(base, table, row):
                 return builder.add(base, load(builder, I64, table, 8 * row))
@@ -58,9 +59,11 @@ def _make_product(rows):
                     for place in (row_of(start, starts, row) for row in range(rows))]  # fmt: skip
             with cgutils.for_range(builder, count) as loop:
                 term = builder.add(terms, builder.mul(loop.index, number(16)))
-                line = builder.add(weights, load(builder, I64, term))
-                prefetch(builder, builder.add(ahead, builder.mul(loop.index, pace)))
-                halves = [load(builder, FLOATS, line, 32 * half) for half in (0, 1)]
+                panel = builder.add(weights, load(builder, I64, term))
+                if asks:
+                    line = load(builder, I32, builder.add(lines, builder.mul(loop.index, number(4))))
+                    prefetch(builder, builder.add(ahead, builder.sext(line, I64)))
+                halves = [load(builder, FLOATS, panel, 32 * half) for half in (0, 1)]
                 offset = load(builder, I64, term, 8)
                 for place, totals in zip(inputs, sums, strict=True):
                     value = broadcast(builder, FLOATS, builder.add(place, offset))
@@ -71,42 +74,47 @@ def _make_product(rows):
                     store(builder, builder.load(total), row_of(y, targets, row), 32 * half)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 11), codegen
+        return types.void(*[types.int64] * 12), codegen
+
+    return tile
+
+
+def _make_product(asks):
+    tile1, tile2, tile3, tile4, tile5, tile6 = (_make_tile(rows, asks) for rows in range(1, ROWS + 1))
+
+    @njit
+    def product(weights, terms, count, x, places, rows, start, starts, y, targets, ahead=0, lines=0):
+        """y[row, :16] = start[row, :16] + gathered inputs times weights, for any number of rows: see `_make_tile`.
+
+        `asking_product` asks for a cache line with every term of every tile of rows, from the list `lines` of what will
+        be read next, and returns where in the list to go on.
+        """
+        tiles = (rows + ROWS - 1) // ROWS
+        first = 0
+        for tile in range(tiles):
+            # As even as can be: a tile of one row takes as long as one of four.
+            size = (rows - first + tiles - tile - 1) // (tiles - tile)
+            at, begin, to = places + 8 * first, starts + 8 * first, targets + 8 * first
+            if size == 6:
+                tile6(weights, terms, count, x, at, start, begin, y, to, ahead, lines)
+            elif size == 5:
+                tile5(weights, terms, count, x, at, start, begin, y, to, ahead, lines)
+            elif size == 4:
+                tile4(weights, terms, count, x, at, start, begin, y, to, ahead, lines)
+            elif size == 3:
+                tile3(weights, terms, count, x, at, start, begin, y, to, ahead, lines)
+            elif size == 2:
+                tile2(weights, terms, count, x, at, start, begin, y, to, ahead, lines)
+            else:
+                tile1(weights, terms, count, x, at, start, begin, y, to, ahead, lines)
+            first += size
+            lines += 4 * count
+        return lines
 
     return product
 
 
-_product1, _product2, _product3, _product4, _product5, _product6 = map(_make_product, range(1, ROWS + 1))
-
-
-@njit
-def product(weights, terms, count, x, places, rows, start, starts, y, targets, ahead=0, pace=0):
-    """y[row, :16] = start[row, :16] + gathered inputs times weights, for any number of rows: see `_make_product`.
-
-    With every term of every tile of rows, `pace` more bytes from `ahead` on are asked for, which somebody will read
-    next. Returns where to go on.
-    """
-    tiles = (rows + ROWS - 1) // ROWS
-    first = 0
-    for tile in range(tiles):
-        # As even as can be: a tile of one row takes as long as one of four.
-        size = (rows - first + tiles - tile - 1) // (tiles - tile)
-        at, begin, to = places + 8 * first, starts + 8 * first, targets + 8 * first
-        if size == 6:
-            _product6(weights, terms, count, x, at, start, begin, y, to, ahead, pace)
-        elif size == 5:
-            _product5(weights, terms, count, x, at, start, begin, y, to, ahead, pace)
-        elif size == 4:
-            _product4(weights, terms, count, x, at, start, begin, y, to, ahead, pace)
-        elif size == 3:
-            _product3(weights, terms, count, x, at, start, begin, y, to, ahead, pace)
-        elif size == 2:
-            _product2(weights, terms, count, x, at, start, begin, y, to, ahead, pace)
-        else:
-            _product1(weights, terms, count, x, at, start, begin, y, to, ahead, pace)
-        first += size
-        ahead += pace * count
-    return ahead
+product, asking_product = _make_product(False), _make_product(True)
 
 
 def _transposed(builder, rows):

@@ -12,18 +12,22 @@ import torch
 from numba import carray, config, njit
 
 from common.kernels import threads
-from common.kernels.product_cpu import ROWS, WIDTH, equals_library, product, to_panel
+from common.kernels.product_cpu import ROWS, WIDTH, asking_product, equals_library, to_panel
+from common.kernels.shift_conv1x1 import tap_order, taps
 from common.kernels.vectors import fetch_add, word
 
-BAND_BYTES = 128 * 1024  # of x: they are read once per 16 outputs, from the L2 cache
+BAND_BYTES = 96 * 1024  # of x: they are read once per 16 outputs, from the L2 cache
+LINE = 64  # bytes of a cache line
+MOST_ASKED = 2**14  # entries in the list of cache lines to ask for
 IN_A_ROW = 4  # bands, at most, that one thread takes at a time
 MOST_REACH = 8  # pixels from the middle of the kernel to its edge
 
 
 @njit
 def _shift_product(
-    counters, scratch, grain, items, x, y, weights, bias, zeros, plan, bands, x_size, y_size, panels, channels, jump
-):
+    counters, scratch, grain, items, x, y, weights, bias, zeros, plan, bands, lines, asking, x_size, y_size, panels,
+    channels, jump,
+):  # fmt: skip
     # One item is a band of one image of y. plan: see `_plan`. jump: items that the other threads take meanwhile.
     for panel in range(panels):
         to_panel(weights + panel * 64 * channels, channels * 4, channels, scratch + panel * 64 * channels)
@@ -31,29 +35,31 @@ def _shift_product(
         first = fetch_add(counters, grain)
         last = min(first + grain, items)
         for item in range(first, last):
-            image, target, band = x + item // bands * x_size, y + item // bands * y_size, plan + item % bands * 32
+            image, target, band = x + item // bands * x_size, y + item // bands * y_size, plan + item % bands * 24
             # What probably comes next is brought from memory while this is computed: scattered as the product reads its
             # inputs, the processor does not foresee them.
             after = item + 1 if item + 1 < last else item + 1 + jump
-            ahead, pace = x + after // bands * x_size + word(plan + after % bands * 32), word(band + 8)
-            if after >= items:
-                ahead, pace = image, 0
+            after = after if after < items else item
+            ahead = x + after // bands * x_size + word(plan + after % bands * 24)
             for panel in range(panels):
-                for c in range(word(band + 16), word(band + 24), 40):
-                    ahead = product(
+                if panel % asking == 0:
+                    asked = lines
+                for c in range(word(band + 8), word(band + 16), 40):
+                    asked = asking_product(
                         scratch + panel * 64 * channels, word(c), word(c + 8), image, word(c + 16), word(c + 24),
-                        bias + panel * 64, zeros, target + panel * 64, word(c + 32), ahead, pace,
+                        bias + panel * 64, zeros, target + panel * 64, word(c + 32), ahead, asked,
                     )  # fmt: skip
         if last >= items:
             return
 
 
 def _entry(arguments):
-    a = carray(arguments, 17)
+    a = carray(arguments, 19)
     scratch = a[1] + a[2] * fetch_add(a[0] + 8, 1)
     _shift_product(
-        a[0], scratch, a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13], a[14], a[15], a[16]
-    )
+        a[0], scratch, a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13], a[14], a[15], a[16],
+        a[17], a[18],
+    )  # fmt: skip
 
 
 @functools.cache
@@ -64,12 +70,12 @@ def load():
     return threads.compiled(_entry)
 
 
-def _moves(channels, kernel_size, dilation):
+def _moves(channels, kernel_size, dilation, by_tap):
     """(down, across): where from each channel takes its pixels, relative to their own place."""
-    channel, taps, half = np.arange(channels), kernel_size**2, kernel_size // 2
-    moving = channel < channels // taps * taps
-    rows, columns = channel // kernel_size % kernel_size - half, channel % kernel_size - half
-    return np.where(moving, dilation * rows, 0), np.where(moving, dilation * columns, 0)
+    tap = taps(channels, kernel_size)
+    tap = (tap[tap_order(channels, kernel_size)] if by_tap else tap).numpy()
+    half = kernel_size // 2
+    return dilation * (tap // kernel_size - half), dilation * (tap % kernel_size - half)
 
 
 def _classes(size, y_size, moves, stride):
@@ -99,48 +105,65 @@ def _records(shape, outputs, stride, moves, bands, address):
     return by_band
 
 
-@functools.lru_cache(maxsize=32)
-def _plan(shape, outputs, stride, kernel_size, dilation):
-    """(plan, bands, zeros, arrays to keep) for x of shape (channels, height, width), int64, in bytes.
+def _lines(shape, stride, moves):
+    """{i: offsets of the cache lines that are read in the rows of x whose number modulo stride is i}"""
+    channels, _, width = shape
+    down, across = moves
+    columns = np.arange(0, width, stride)[:, None] + across
+    inside = (columns >= 0) & (columns < width)
+    lines = (columns * channels + np.arange(channels)) // (LINE // 4) * LINE
+    return {i: np.unique(lines[inside & (down % stride == i)]) for i in np.unique(down % stride)}
 
-    plan: per band of rows of y the beginning of what it reads of x, the pace at which to ask for as much, and where its
-    `_records` begin and end.
+
+@functools.lru_cache(maxsize=32)
+def _plan(shape, outputs, stride, kernel_size, dilation, by_tap):
+    """(plan, bands, lines, asking, zeros, arrays to keep) for x of shape (channels, height, width), int64, in bytes.
+
+    plan: per band of rows of y where its first row begins in x, and where its `_records` begin and end. lines: what
+    cache lines a band reads, from there on, spread over the terms of its products with `asking` panels; int32.
     """
     channels, height, width = shape
     row, y_height, arrays = width * channels * 4, -(-height // stride), []
+    moves = _moves(channels, kernel_size, dilation, by_tap)
 
     def address(values):
         arrays.append(np.ascontiguousarray(values, np.int64))
         return arrays[-1].ctypes.data
 
-    count = min(y_height, -(-height * row // BAND_BYTES))
+    lines, reach = _lines(shape, stride, moves), np.abs(moves[0]).max()
+    count = min(y_height, -(-y_height * LINE * sum(map(len, lines.values())) // BAND_BYTES))
+    rows = range(-reach, (-(-y_height // count) - 1) * stride + reach + 1)
+    asked = np.concatenate([lines[i % stride] + i * row for i in rows if i % stride in lines])
     edges = [y_height * i // count for i in range(count + 1)]
     bands = list(zip(edges[:-1], edges[1:], strict=True))
-    by_band = _records(shape, outputs, stride, _moves(channels, kernel_size, dilation), bands, address)
+    by_band = _records(shape, outputs, stride, moves, bands, address)
     at = address([record for records in by_band for record in records])
+    steps = max(sum(-(-record[3] // ROWS) * record[1] for record in records) for records in by_band)
+    asking = min(outputs // WIDTH, max(1, MOST_ASKED // steps))
+    asked = asked[np.arange(steps * asking) * len(asked) // (steps * asking)].astype(np.int32)
+    arrays.append(asked)
     heads = []
     for (start, _), records in zip(bands, by_band, strict=True):
-        steps = sum(-(-record[3] // ROWS) * record[1] for record in records) * (outputs // WIDTH)
-        begin = max(0, start * stride - kernel_size // 2 * dilation) * row
-        heads.append((begin, -(-height * row // (count * max(1, steps))), at, at := at + 40 * len(records)))
-    return address(heads), count, address(np.zeros(y_height * -(-width // stride))), arrays
+        heads.append((start * stride * row, at, at := at + 40 * len(records)))
+    zeros = address(np.zeros(y_height * -(-width // stride)))
+    return address(heads), count, asked.ctypes.data, asking, zeros, arrays
 
 
-def shift_conv1x1_cpu(x, weight, bias, y, stride, kernel_size, dilation):
+def shift_conv1x1_cpu(x, weight, bias, y, stride, kernel_size, dilation, by_tap=False):
     """Write the 1x1 convolution of the shifted x into y, both channels-last or both contiguous.
 
     Returns False, and does nothing, where plain operations are as fast or this kernel cannot do it: see `prepared`.
     """
     if not y.is_contiguous(memory_format=torch.channels_last):
         return False
-    write = prepared(x.shape, x.stride(), x.dtype, weight.shape[0], stride, kernel_size, dilation)
+    write = prepared(x.shape, x.stride(), x.dtype, weight.shape[0], stride, kernel_size, dilation, by_tap)
     if write:
         write(x, weight.contiguous(), None if bias is None else bias.contiguous(), y)
     return bool(write)
 
 
 @functools.lru_cache(maxsize=256)
-def prepared(shape, strides, dtype, outputs, stride, kernel_size, dilation):
+def prepared(shape, strides, dtype, outputs, stride, kernel_size, dilation, by_tap):
     """Function of x of this shape, contiguous weight and bias or None, and channels-last y, to be written.
 
     None for other dtypes of x than float32, contiguous tensors, channels not a multiple of 8, outputs not of 16, longer
@@ -152,11 +175,12 @@ def prepared(shape, strides, dtype, outputs, stride, kernel_size, dilation):
     fits = dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last) and is_small
     if not fits or channels % 8 or outputs % WIDTH or not equals_library():
         return None
-    (plan, bands, zeros, kept), kernel = _plan(shape[1:], outputs, stride, kernel_size, dilation), load()
+    plan, bands, lines, asking, zeros, kept = _plan(shape[1:], outputs, stride, kernel_size, dilation, by_tap)
+    kernel = load()
     no_bias, x_size = torch.zeros(outputs), 4 * channels * height * width
     y_size, items = 4 * outputs * -(-height // stride) * -(-width // stride), images * bands
     item_bytes, scratch_bytes = y_size // 4 * channels // 4 // bands, outputs * channels * 4
-    sizes = zeros, plan, bands, x_size, y_size, outputs // WIDTH, channels
+    sizes = zeros, plan, bands, lines, asking, x_size, y_size, outputs // WIDTH, channels
 
     def write(x, weight, bias, y, kept=kept):
         threads.advise_large_pages(y)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.kernels import shift2d, shift_conv1x1, shift_conv1x1_reference, threads
+from common.kernels import shift2d, shift_conv1x1, shift_conv1x1_reference, tap_order, threads
 
 module = importlib.import_module("common.kernels.shift_conv1x1")
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
@@ -22,6 +22,7 @@ CASES = [
     ((2, 8, 4, 4), 32, 1, 3, 1),  # fewer channels than taps: nothing moves
     ((2, 16, 4, 4), 16, 2, 2, 1),
     ((1, 16, 40, 300), 16, 1, 3, 1),  # several bands
+    ((2, 104, 41, 40), 32, 2, 3, 1),
     ((2, 13, 5, 5), 16, 1, 3, 1),  # channels that the kernel does not take
     ((2, 12, 5, 5), 10, 1, 3, 1),  # outputs that the kernel does not take
     ((0, 16, 4, 4), 16, 1, 3, 1),
@@ -61,6 +62,32 @@ def test_values_and_layout(case, layout):
         assert torch.equal(y, expected) and y.stride() == expected.stride()
         if x.numel():
             assert torch.equal(y, tap_convolution(x, weight, b, *sizes))
+        order = tap_order(shape[1], sizes[1])
+        ordered = x[:, order].contiguous(memory_format=LAYOUTS[layout]), weight[:, order], b, *sizes
+        for function in (shift_conv1x1, shift_conv1x1_reference):
+            by_tap = function(*ordered, by_tap=True)
+            assert torch.equal(by_tap, y) and by_tap.stride() == y.stride()
+
+
+def test_tap_order():
+    """A 3x3 kernel: the middle with the channels that stay, the taps beside it, above and below it, the corners."""
+    taps = [4, 13, 18, 19, 3, 12, 5, 14, 1, 10, 7, 16, 0, 9, 2, 11, 6, 15, 8, 17]
+    assert tap_order(20).tolist() == taps
+    assert tap_order(8).tolist() == list(range(8))
+    for kernel_size in (1, 2, 5):
+        assert sorted(tap_order(60, kernel_size).tolist()) == list(range(60))
+
+
+def test_order_of_the_shift_where_a_kernel_has_no_other(monkeypatch):
+    """As on a GPU: its kernel gets the channels as shift2d wants them."""
+    x, weight, bias = random_case((2, 48, 6, 6), 16)
+    order, given = tap_order(48), []
+    monkeypatch.setattr(module, "_TAKES_TAP_ORDER", ())
+    monkeypatch.setattr(module, "_KERNELS", {"cpu": lambda: lambda *a: given.append(a)})
+    y = torch.ops.effnets.shift_conv1x1(x[:, order], weight[:, order], bias, 2, 3, 1, True)
+    (called,) = given
+    assert torch.equal(called[0], x) and torch.equal(called[1], weight) and called[4:] == (2, 3, 1)
+    assert torch.equal(y, shift_conv1x1_reference(x, weight, bias, 2))
 
 
 def test_float_sums():
@@ -103,7 +130,7 @@ def test_the_kernel_runs(monkeypatch):
 def test_without_kernels(monkeypatch):
     monkeypatch.setattr(module, "_KERNELS", {})
     x, weight, bias = random_case((2, 48, 6, 6), 16)
-    assert module._prepared(x, weight, bias, 2, 3, 1) is None
+    assert module._prepared(x, weight, bias, 2, 3, 1, False) is None
     assert torch.equal(shift_conv1x1(x, weight, bias, 2), shift_conv1x1_reference(x, weight, bias, 2))
 
 

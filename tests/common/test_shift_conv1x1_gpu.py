@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.kernels import shift2d_reference, shift_conv1x1
+from common.kernels import shift2d_reference, shift_conv1x1, tap_order
 
 pytestmark = pytest.mark.gpu
 module = importlib.import_module("common.kernels.shift_conv1x1")
@@ -70,6 +70,14 @@ def test_equals_the_definition(dtype, layout, allow_tf32):
         expected = definition(x, weight, bias, *more).float().to(dtype)
         assert torch.equal(fused(x, weight, bias, *more), expected), (shape, outputs, more)
         assert torch.equal(shift_conv1x1(x, weight, bias, *more), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_channels_by_tap(layout):
+    x, weight = integers((4, 40, 9, 8), torch.float32, layout), integers((16, 40, 1, 1), torch.float32)
+    order = tap_order(40)
+    y = shift_conv1x1(x[:, order].contiguous(memory_format=layout), weight[:, order], None, 2, by_tap=True)
+    assert torch.equal(y, shift_conv1x1(x, weight, None, 2)) and y.is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)

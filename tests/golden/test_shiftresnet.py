@@ -11,6 +11,7 @@ import torch
 
 from common.kernels import shift2d
 from shiftresnet.count import count_flops, count_parameters
+from shiftresnet.engine import fused_shifts
 from shiftresnet.models import Config, build_model
 from tests.golden.fill import fill_state_dict, golden_input
 
@@ -51,12 +52,15 @@ def test_model(case):
     assert count_parameters(model) == case["params"]
     assert count_flops(model, "final") == case["flops"]
     model.load_state_dict(fill_state_dict(model.state_dict()))
+    x, expected = golden_input(case["input_shape"]), torch.tensor(case["logits"], dtype=torch.float64)
+    with torch.no_grad(), fused_shifts(model) as memory_format:
+        fused = model(x.to(memory_format=memory_format))  # as eval.py runs it
     with torch.no_grad():
-        logits = model(golden_input(case["input_shape"])).double()
-    expected = torch.tensor(case["logits"], dtype=torch.float64)
-    assert logits.shape == expected.shape
-    error = (logits - expected).abs() / expected.abs().amax(1, keepdim=True)
-    assert error.max() < RELATIVE_TOLERANCE
+        plain = model(x)
+    for logits in (plain, fused):
+        assert logits.shape == expected.shape
+        error = (logits.double() - expected).abs() / expected.abs().amax(1, keepdim=True)
+        assert error.max() < RELATIVE_TOLERANCE
 
 
 def _shift_and_gradient(x, grad_output, case):

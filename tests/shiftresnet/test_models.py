@@ -12,6 +12,7 @@ from common.kernels import shift_conv1x1
 from shiftresnet import engine, modules
 from shiftresnet.count import count_flops, count_parameters, layer_macs, main
 from shiftresnet.models import ARCHITECTURES, REDUCTION_MODES, Config, build_model
+from tests.golden.fill import fill_state_dict
 
 README = Path(modules.__file__).with_name("README.md")
 COUNTS = Path(__file__).parents[1] / "golden" / "shiftresnet_counts.csv"
@@ -189,13 +190,23 @@ def test_fused_shifts_in_evaluation(monkeypatch):
     calls = []
     monkeypatch.setattr(modules, "shift_conv1x1", lambda *a: calls.append(a) or shift_conv1x1(*a))
     model = build_model(Config("shiftresnet20", expansion=2)).eval()
+    model.load_state_dict(fill_state_dict(model.state_dict()))
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         plain = model(images)
         assert not calls
-        with engine.fused_shifts(model, images) as laid_out:
-            fused = model(laid_out)
-        assert len(calls) == 9 and laid_out.is_contiguous(memory_format=torch.channels_last)
-        assert torch.allclose(fused, plain, rtol=1e-5, atol=1e-6) and torch.equal(model(images), plain)
-    with engine.fused_shifts(torch.nn.Identity(), images) as same:
-        assert same is images
+        with engine.fused_shifts(model) as memory_format:
+            fused = model(images.to(memory_format=memory_format))
+        assert len(calls) == 9 and memory_format is torch.channels_last
+        assert (fused - plain).abs().max() < 1e-5 * plain.abs().max() and torch.equal(model(images), plain)
+    with engine.fused_shifts(torch.nn.Identity()) as memory_format:
+        assert memory_format is torch.preserve_format
+
+
+def test_fused_shifts_are_for_inference():
+    model = build_model(Config("shiftresnet20", expansion=2))
+    names = list(model.state_dict())
+    with pytest.raises(ValueError, match=r"eval\(\) first"), engine.fused_shifts(model):
+        pass
+    with engine.fused_shifts(model.eval()):
+        assert list(model.state_dict()) == names
