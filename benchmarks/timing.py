@@ -11,6 +11,7 @@ import argparse
 import csv
 import itertools
 import platform
+import random
 import statistics
 import sys
 import time
@@ -175,18 +176,19 @@ def _seconds_per_run(function, warmup, seconds, clock):
 def _schedule(candidates, args, clock):
     """Warm up, then yield (number of the call, name, function), alternating. A slow one sits out to keep its time.
 
-    Every call has a number of its own, so that no candidate finds in the cache what the one before it has read.
+    Every call has a number of its own, so that no candidate finds in the cache what the one before it has read. Rounds
+    differ in their order, so that none always finds the memory for its result as the same other one has left it.
     """
     every = {}
     for name, function in candidates.items():
         seconds = _seconds_per_run(function, args.warmup, args.max_seconds, clock)
         runs = min(args.repeats, max(LEAST_RUNS, int(args.max_seconds / max(1e-9, seconds))))
         every[name] = -(-args.repeats // runs)
-    number = itertools.count()
+    number, shuffled = itertools.count(), random.Random(0)
     for run in range(args.repeats):
-        for name, function in candidates.items():
+        for name in shuffled.sample(list(candidates), len(candidates)):
             if run % every[name] == 0:
-                yield next(number), name, function
+                yield next(number), name, candidates[name]
 
 
 def _time_on_cpu(candidates, args):
