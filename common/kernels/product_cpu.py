@@ -1,8 +1,9 @@
 """Products of gathered inputs with panels of 16 outputs: what the CPU's linear layers and convolutions are made of.
 
-Six rows of inputs times two vectors of outputs fill AVX2's 16 vector registers: twelve sums, two weights, an input.
-Inputs are broadcast one by one, so each may come from anywhere: an input's address is that of its row plus an offset of
-its own, which is all that a convolution, or a shift, adds to a linear layer.
+Six rows of inputs times two vectors of outputs fill AVX2's 16 vector registers: twelve sums, two weights, an input. So
+do three rows times four vectors, two panels, which read their inputs half as often. Inputs are broadcast one by one, so
+each may come from anywhere: an input's address is that of its row plus an offset of its own, which is all that a
+convolution, or a shift, adds to a linear layer.
 """
 
 import functools
@@ -29,7 +30,7 @@ from common.kernels.vectors import (
 )
 
 WIDTH = 16  # outputs of a panel
-ROWS = 6  # at a time
+ROWS = 6  # at a time, of one panel
 
 
 @functools.cache
@@ -38,40 +39,58 @@ def equals_library():
     return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
-def _make_tile(rows, asks):
+def _make_tile(rows, panels, asks):
     @intrinsic
-    def tile(typing, weights, terms, count, x, places, start, starts, y, targets, ahead, lines):
-        """y[row, :16] = start[row, :16] + sum over i < count of weights[i, :16] * x[row, i]; floats
+    def tile(typing, weights, terms, count, x, places, start, starts, y, targets, step, ahead, lines):
+        """y[row, :16 * panels] = start[row] + sum over i < count of weights[i] * x[row, i]; floats
 
-        All offsets are int64, in bytes. terms: `count` pairs, of weights[i, :16] to weights and of x[row, i] to
-        x + places[row]. Row `row` of start is at start + starts[row], that of y at y + targets[row]. With `asks`, the
-        cache line at ahead + lines[i], int32, is asked for with term i.
+        All offsets are int64, in bytes. terms: `count` pairs, of weights[i, :16] to weights, the second panel `step`
+        further on, and of x[row, i] to x + places[row]. Row `row` of start is at start + starts[row], that of y at
+        y + targets[row]. With `asks`, the cache line at ahead + lines[i], int32, is asked for with term i.
         """
 
         def codegen(context, builder, signature, arguments):
-            weights, terms, count, x, places, start, starts, y, targets, ahead, lines = arguments
+            weights, terms, count, x, places, start, starts, y, targets, step, ahead, lines = arguments
+            vectors = range(2 * panels)
 
             def row_of(base, table, row):
                 return builder.add(base, load(builder, I64, table, 8 * row))
 
             inputs = [row_of(x, places, row) for row in range(rows)]
-            sums = [[cgutils.alloca_once_value(builder, load(builder, FLOATS, place, 32 * half)) for half in (0, 1)]
+            sums = [[cgutils.alloca_once_value(builder, load(builder, FLOATS, place, 32 * i)) for i in vectors]
                     for place in (row_of(start, starts, row) for row in range(rows))]  # fmt: skip
             with cgutils.for_range(builder, count) as loop:
                 term = builder.add(terms, builder.mul(loop.index, number(16)))
-                panel = builder.add(weights, load(builder, I64, term))
+                first = builder.add(weights, load(builder, I64, term))
                 if asks:
                     line = load(builder, I32, builder.add(lines, builder.mul(loop.index, number(4))))
                     prefetch(builder, builder.add(ahead, builder.sext(line, I64)))
-                halves = [load(builder, FLOATS, panel, 32 * half) for half in (0, 1)]
                 offset = load(builder, I64, term, 8)
-                for place, totals in zip(inputs, sums, strict=True):
-                    value = broadcast(builder, FLOATS, builder.add(place, offset))
-                    for weight, total in zip(halves, totals, strict=True):
-                        builder.store(multiply_add(builder, weight, value, builder.load(total)), total)
+
+                def weight_of(i):
+                    return load(builder, FLOATS, builder.add(first, step) if i > 1 else first, 32 * (i % 2))
+
+                def input_of(row):
+                    return broadcast(builder, FLOATS, builder.add(inputs[row], offset))
+
+                def add(row, i, value, weight):
+                    builder.store(multiply_add(builder, weight, value, builder.load(sums[row][i])), sums[row][i])
+
+                if panels == 1:  # the fewer factors are kept: there are no registers for both
+                    kept = [weight_of(i) for i in vectors]
+                    for row in range(rows):
+                        value = input_of(row)
+                        for i in vectors:
+                            add(row, i, value, kept[i])
+                else:
+                    kept = [input_of(row) for row in range(rows)]
+                    for i in vectors:
+                        weight = weight_of(i)
+                        for row in range(rows):
+                            add(row, i, kept[row], weight)
             for row, totals in enumerate(sums):
-                for half, total in enumerate(totals):
-                    store(builder, builder.load(total), row_of(y, targets, row), 32 * half)
+                for i, total in enumerate(totals):
+                    store(builder, builder.load(total), row_of(y, targets, row), 32 * i)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 12), codegen
@@ -79,34 +98,35 @@ def _make_tile(rows, asks):
     return tile
 
 
-def _make_product(asks):
-    tile1, tile2, tile3, tile4, tile5, tile6 = (_make_tile(rows, asks) for rows in range(1, ROWS + 1))
+def _make_product(panels, asks):
+    most = ROWS // panels
+    tile1, tile2, tile3, tile4, tile5, tile6 = (_make_tile(min(i, most), panels, asks) for i in range(1, ROWS + 1))
 
     @njit
-    def product(weights, terms, count, x, places, rows, start, starts, y, targets, ahead=0, lines=0):
-        """y[row, :16] = start[row, :16] + gathered inputs times weights, for any number of rows: see `_make_tile`.
+    def product(weights, terms, count, x, places, rows, start, starts, y, targets, step=0, ahead=0, lines=0):
+        """y[row, :16 * panels] = start[row] + gathered inputs times weights, for any number of rows: see `_make_tile`.
 
-        `asking_product` asks for a cache line with every term of every tile of rows, from the list `lines` of what will
-        be read next, and returns where in the list to go on.
+        `asking_product` and `asking_pair` ask for a cache line with every term of every tile of rows, from the list
+        `lines` of what will be read next, and return where in the list to go on.
         """
-        tiles = (rows + ROWS - 1) // ROWS
+        tiles = (rows + most - 1) // most
         first = 0
         for tile in range(tiles):
             # As even as can be: a tile of one row takes as long as one of four.
             size = (rows - first + tiles - tile - 1) // (tiles - tile)
             at, begin, to = places + 8 * first, starts + 8 * first, targets + 8 * first
-            if size == 6:
-                tile6(weights, terms, count, x, at, start, begin, y, to, ahead, lines)
-            elif size == 5:
-                tile5(weights, terms, count, x, at, start, begin, y, to, ahead, lines)
-            elif size == 4:
-                tile4(weights, terms, count, x, at, start, begin, y, to, ahead, lines)
+            if most > 3 and size == 6:
+                tile6(weights, terms, count, x, at, start, begin, y, to, step, ahead, lines)
+            elif most > 3 and size == 5:
+                tile5(weights, terms, count, x, at, start, begin, y, to, step, ahead, lines)
+            elif most > 3 and size == 4:
+                tile4(weights, terms, count, x, at, start, begin, y, to, step, ahead, lines)
             elif size == 3:
-                tile3(weights, terms, count, x, at, start, begin, y, to, ahead, lines)
+                tile3(weights, terms, count, x, at, start, begin, y, to, step, ahead, lines)
             elif size == 2:
-                tile2(weights, terms, count, x, at, start, begin, y, to, ahead, lines)
+                tile2(weights, terms, count, x, at, start, begin, y, to, step, ahead, lines)
             else:
-                tile1(weights, terms, count, x, at, start, begin, y, to, ahead, lines)
+                tile1(weights, terms, count, x, at, start, begin, y, to, step, ahead, lines)
             first += size
             lines += 4 * count
         return lines
@@ -114,7 +134,7 @@ def _make_product(asks):
     return product
 
 
-product, asking_product = _make_product(False), _make_product(True)
+product, asking_product, asking_pair = _make_product(1, False), _make_product(1, True), _make_product(2, True)
 
 
 def _transposed(builder, rows):

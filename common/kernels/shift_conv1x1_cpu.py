@@ -12,7 +12,7 @@ import torch
 from numba import carray, config, njit
 
 from common.kernels import threads
-from common.kernels.product_cpu import ROWS, WIDTH, asking_product, equals_library, to_panel
+from common.kernels.product_cpu import ROWS, WIDTH, asking_pair, asking_product, equals_library, to_panel
 from common.kernels.shift_conv1x1 import tap_order, taps
 from common.kernels.vectors import fetch_add, word
 
@@ -26,7 +26,7 @@ MOST_REACH = 8  # pixels from the middle of the kernel to its edge
 @njit
 def _shift_product(
     counters, scratch, grain, items, x, y, weights, bias, zeros, plan, bands, lines, asking, x_size, y_size, panels,
-    channels, jump,
+    together, channels, jump,
 ):  # fmt: skip
     # One item is a band of one image of y. plan: see `_plan`. jump: items that the other threads take meanwhile.
     for panel in range(panels):
@@ -41,24 +41,31 @@ def _shift_product(
             after = item + 1 if item + 1 < last else item + 1 + jump
             after = after if after < items else item
             ahead = x + after // bands * x_size + word(plan + after % bands * 24)
-            for panel in range(panels):
+            for panel in range(0, panels, together):
                 if panel % asking == 0:
                     asked = lines
+                step = 64 * channels
+                some, start, to = scratch + panel * step, bias + panel * 64, target + panel * 64
                 for c in range(word(band + 8), word(band + 16), 40):
-                    asked = asking_product(
-                        scratch + panel * 64 * channels, word(c), word(c + 8), image, word(c + 16), word(c + 24),
-                        bias + panel * 64, zeros, target + panel * 64, word(c + 32), ahead, asked,
-                    )  # fmt: skip
+                    terms, count, places, rows, targets = word(c), word(c + 8), word(c + 16), word(c + 24), word(c + 32)
+                    if together == 2:
+                        asked = asking_pair(
+                            some, terms, count, image, places, rows, start, zeros, to, targets, step, ahead, asked
+                        )
+                    else:
+                        asked = asking_product(
+                            some, terms, count, image, places, rows, start, zeros, to, targets, step, ahead, asked
+                        )
         if last >= items:
             return
 
 
 def _entry(arguments):
-    a = carray(arguments, 19)
+    a = carray(arguments, 20)
     scratch = a[1] + a[2] * fetch_add(a[0] + 8, 1)
     _shift_product(
         a[0], scratch, a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13], a[14], a[15], a[16],
-        a[17], a[18],
+        a[17], a[18], a[19],
     )  # fmt: skip
 
 
@@ -116,11 +123,12 @@ def _lines(shape, stride, moves):
 
 
 @functools.lru_cache(maxsize=32)
-def _plan(shape, outputs, stride, kernel_size, dilation, by_tap):
+def _plan(shape, outputs, together, stride, kernel_size, dilation, by_tap):
     """(plan, bands, lines, asking, zeros, arrays to keep) for x of shape (channels, height, width), int64, in bytes.
 
     plan: per band of rows of y where its first row begins in x, and where its `_records` begin and end. lines: what
-    cache lines a band reads, from there on, spread over the terms of its products with `asking` panels; int32.
+    cache lines a band reads, from there on, spread over the terms of its products with `asking` panels of weights,
+    `together` at a time; int32.
     """
     channels, height, width = shape
     row, y_height, arrays = width * channels * 4, -(-height // stride), []
@@ -138,15 +146,16 @@ def _plan(shape, outputs, stride, kernel_size, dilation, by_tap):
     bands = list(zip(edges[:-1], edges[1:], strict=True))
     by_band = _records(shape, outputs, stride, moves, bands, address)
     at = address([record for records in by_band for record in records])
-    steps = max(sum(-(-record[3] // ROWS) * record[1] for record in records) for records in by_band)
-    asking = min(outputs // WIDTH, max(1, MOST_ASKED // steps))
-    asked = asked[np.arange(steps * asking) * len(asked) // (steps * asking)].astype(np.int32)
+    most = ROWS // together
+    steps = max(sum(-(-rows // most) * terms for _, terms, _, rows, _ in records) for records in by_band)
+    passes = min(outputs // WIDTH // together, max(1, MOST_ASKED // steps))
+    asked = asked[np.arange(steps * passes) * len(asked) // (steps * passes)].astype(np.int32)
     arrays.append(asked)
     heads = []
     for (start, _), records in zip(bands, by_band, strict=True):
         heads.append((start * stride * row, at, at := at + 40 * len(records)))
     zeros = address(np.zeros(y_height * -(-width // stride)))
-    return address(heads), count, asked.ctypes.data, asking, zeros, arrays
+    return address(heads), count, asked.ctypes.data, passes * together, zeros, arrays
 
 
 def shift_conv1x1_cpu(x, weight, bias, y, stride, kernel_size, dilation, by_tap=False):
@@ -175,19 +184,23 @@ def prepared(shape, strides, dtype, outputs, stride, kernel_size, dilation, by_t
     fits = dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last) and is_small
     if not fits or channels % 8 or outputs % WIDTH or not equals_library():
         return None
-    plan, bands, lines, asking, zeros, kept = _plan(shape[1:], outputs, stride, kernel_size, dilation, by_tap)
+    together = 1 if outputs % (2 * WIDTH) else 2
+    plan, bands, lines, asking, zeros, kept = _plan(shape[1:], outputs, together, stride, kernel_size, dilation, by_tap)
     kernel = load()
     no_bias, x_size = torch.zeros(outputs), 4 * channels * height * width
     y_size, items = 4 * outputs * -(-height // stride) * -(-width // stride), images * bands
     item_bytes, scratch_bytes = y_size // 4 * channels // 4 // bands, outputs * channels * 4
-    sizes = zeros, plan, bands, lines, asking, x_size, y_size, outputs // WIDTH, channels
+    sizes = zeros, plan, bands, lines, asking, x_size, y_size, outputs // WIDTH, together, channels
+
+    @functools.cache
+    def call_of(count):
+        grain = max(1, min(IN_A_ROW, items // (16 * count)))
+        return threads.prepared(kernel, items, item_bytes, scratch_bytes, grain=grain), grain * (count - 1)
 
     def write(x, weight, bias, y, kept=kept):
         threads.advise_large_pages(y)
-        bias, count = no_bias if bias is None else bias, torch.get_num_threads()
-        grain = max(1, min(IN_A_ROW, items // (16 * count)))
-        addresses = x.data_ptr(), y.data_ptr(), weight.data_ptr(), bias.data_ptr()
-        arguments = *addresses, *sizes, grain * (count - 1)
-        threads.run(kernel, arguments, items, item_bytes, scratch_bytes, grain=grain)
+        call, jump = call_of(torch.get_num_threads())
+        bias = no_bias if bias is None else bias
+        call(x.data_ptr(), y.data_ptr(), weight.data_ptr(), bias.data_ptr(), *sizes, jump)
 
     return write

@@ -23,6 +23,7 @@ CASES = [
     ((2, 16, 4, 4), 16, 2, 2, 1),
     ((1, 16, 40, 300), 16, 1, 3, 1),  # several bands
     ((2, 104, 41, 40), 32, 2, 3, 1),
+    ((2, 200, 12, 12), 192, 1, 3, 1),  # more products than the list of cache lines is long
     ((2, 13, 5, 5), 16, 1, 3, 1),  # channels that the kernel does not take
     ((2, 12, 5, 5), 10, 1, 3, 1),  # outputs that the kernel does not take
     ((0, 16, 4, 4), 16, 1, 3, 1),
