@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from common.kernels import shift2d, shift_conv1x1, tap_order
+from common.kernels import gains_from_tap_order, shift2d, shift_conv1x1, tap_order
 
 
 def reduced(planes: int, reduction: float) -> int:
@@ -98,8 +98,9 @@ class ShiftConv(nn.Module):
     def fuse(self):
         """From now on run the shift and the convolution after it in one pass, with the weights of now: for inference.
 
-        Batch norms are folded into the convolutions; on a CPU the middle channels are in `tap_order`. Results differ in
-        the last bits. `unfuse` ends it. Raises ValueError in training mode, where batch norms depend on the batch.
+        Batch norms are folded into the convolutions; the middle channels are in `tap_order` where that is faster.
+        Results differ in the last bits. `unfuse` ends it. Raises ValueError in training mode, where batch norms depend
+        on the batch.
         """
         if self.training:
             raise ValueError("ShiftConv.fuse: call eval() first")
@@ -108,11 +109,12 @@ class ShiftConv(nn.Module):
             for conv, bn in ((self.conv1, self.bn1), (self.conv2, self.bn2))
         ]
         (weight1, bias1), (weight2, bias2) = folded
-        by_tap = weight1.is_cpu
+        sizes = self.shift2.kernel_size, self.shift2.dilation
+        by_tap = gains_from_tap_order(weight2, *sizes)
         if by_tap:
             order = tap_order(len(weight1), self.shift2.kernel_size)
             weight1, bias1, weight2 = weight1[order], bias1[order], weight2[:, order]
-        sizes = self.conv2.stride[0], self.shift2.kernel_size, self.shift2.dilation, by_tap
+        sizes = self.conv2.stride[0], *sizes, by_tap
         self.fused = (weight1, bias1), (weight2, bias2, *sizes)
 
     def unfuse(self):

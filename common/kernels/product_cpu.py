@@ -39,6 +39,26 @@ def equals_library():
     return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
+def _add_products(builder, inputs, weights, sums):
+    """sums[row][i] += weights[i] * inputs[row]; inputs: addresses, weights: addresses and offsets, sums: variables."""
+
+    def add(value, weight, total):
+        builder.store(multiply_add(builder, weight, value, builder.load(total)), total)
+
+    if len(weights) < len(inputs):  # the fewer factors are kept: there are no registers for both
+        kept = [load(builder, FLOATS, *weight) for weight in weights]
+        for place, totals in zip(inputs, sums, strict=True):
+            value = broadcast(builder, FLOATS, place)
+            for weight, total in zip(kept, totals, strict=True):
+                add(value, weight, total)
+    else:
+        kept = [broadcast(builder, FLOATS, place) for place in inputs]
+        for i, place in enumerate(weights):
+            weight = load(builder, FLOATS, *place)
+            for value, totals in zip(kept, sums, strict=True):
+                add(value, weight, totals[i])
+
+
 def _make_tile(rows, panels, asks):
     @intrinsic
     def tile(typing, weights, terms, count, x, places, start, starts, y, targets, step, ahead, lines):
@@ -66,28 +86,9 @@ def _make_tile(rows, panels, asks):
                     line = load(builder, I32, builder.add(lines, builder.mul(loop.index, number(4))))
                     prefetch(builder, builder.add(ahead, builder.sext(line, I64)))
                 offset = load(builder, I64, term, 8)
-
-                def weight_of(i):
-                    return load(builder, FLOATS, builder.add(first, step) if i > 1 else first, 32 * (i % 2))
-
-                def input_of(row):
-                    return broadcast(builder, FLOATS, builder.add(inputs[row], offset))
-
-                def add(row, i, value, weight):
-                    builder.store(multiply_add(builder, weight, value, builder.load(sums[row][i])), sums[row][i])
-
-                if panels == 1:  # the fewer factors are kept: there are no registers for both
-                    kept = [weight_of(i) for i in vectors]
-                    for row in range(rows):
-                        value = input_of(row)
-                        for i in vectors:
-                            add(row, i, value, kept[i])
-                else:
-                    kept = [input_of(row) for row in range(rows)]
-                    for i in vectors:
-                        weight = weight_of(i)
-                        for row in range(rows):
-                            add(row, i, kept[row], weight)
+                values = [builder.add(place, offset) for place in inputs]
+                halves = [(first, 0), (first, 32), (builder.add(first, step), 0), (builder.add(first, step), 32)]
+                _add_products(builder, values, halves[: 2 * panels], sums)
             for row, totals in enumerate(sums):
                 for i, total in enumerate(totals):
                     store(builder, builder.load(total), row_of(y, targets, row), 32 * i)

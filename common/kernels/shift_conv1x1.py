@@ -21,9 +21,10 @@ def shift_conv1x1(x, weight, bias=None, stride=1, kernel_size=3, dilation=1, by_
 
     x: (N, C, H, W), weight: (out, C, 1, 1), bias: (out,) or None, floating, one dtype and device. Returns
     (N, out, ceil(H / stride), ceil(W / stride)) in x's dtype and memory format. Differentiable, but then not fused.
-    by_tap: the channels of x and weight are in the order `tap_order` instead; each moves as before. On the CPU that is
-    faster, above all where stride is 2. The sums' order differs from F.conv2d's, and does not depend on the number of
-    threads. Raises TypeError and ValueError for arguments other than these.
+    by_tap: the channels of x and weight are in the order `tap_order` instead; each moves as before. Faster, above all
+    where stride is 2, if `gains_from_tap_order` says so.
+    The sums' order differs from F.conv2d's, and does not depend on the number of threads.
+    Raises TypeError and ValueError for arguments other than these.
     """
     calls_kernel = is_plain(x, weight, bias)
     if calls_kernel and x.is_cpu and not torch.is_autocast_enabled("cpu"):  # the shortest way: small layers take 0.2 ms
@@ -68,6 +69,17 @@ def tap_order(channels, kernel_size=3):
     tap, half = taps(channels, kernel_size), kernel_size // 2
     parity = (tap // kernel_size - half) % 2 * 2 + (tap % kernel_size - half) % 2
     return (parity * kernel_size**2 + tap).argsort(stable=True)
+
+
+def gains_from_tap_order(weight, kernel_size=3, dilation=1):
+    """Whether shift_conv1x1 of channels-last tensors with this weight, (out, C, 1, 1), is fused and faster `by_tap`.
+
+    Elsewhere (GPUs, processors with AVX-512, without numba, other dtypes than float32) `by_tap` costs a copy of x.
+    """
+    find_kernel = _KERNELS.get(weight.device.type) if weight.device.type in _TAKES_TAP_ORDER else None
+    kernel = find_kernel and find_kernel()
+    kind = weight.dtype, weight.shape[1], weight.shape[0], kernel_size, dilation
+    return bool(kernel and importlib.import_module(kernel.__module__).takes(*kind))
 
 
 def _in_order(x, weight, kernel_size):

@@ -171,18 +171,26 @@ def shift_conv1x1_cpu(x, weight, bias, y, stride, kernel_size, dilation, by_tap=
     return bool(write)
 
 
+def takes(dtype, channels, outputs, kernel_size, dilation):
+    """Whether the kernel takes channels-last tensors of this kind, and pays.
+
+    Not other dtypes than float32, channels that are not a multiple of 8, outputs not of 16, shifts beyond MOST_REACH;
+    nor where the library has longer vectors than AVX2's.
+    """
+    is_small = kernel_size // 2 * dilation <= MOST_REACH
+    return dtype == torch.float32 and is_small and not (channels % 8 or outputs % WIDTH) and equals_library()
+
+
 @functools.lru_cache(maxsize=256)
 def prepared(shape, strides, dtype, outputs, stride, kernel_size, dilation, by_tap):
     """Function of x of this shape, contiguous weight and bias or None, and channels-last y, to be written.
 
-    None for other dtypes of x than float32, contiguous tensors, channels not a multiple of 8, outputs not of 16, longer
-    vectors than AVX2's.
+    None where x is not channels-last, or not of a kind that the kernel `takes`.
     """
     images, channels, height, width = shape
     x = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
-    is_small = kernel_size // 2 * dilation <= MOST_REACH
-    fits = dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last) and is_small
-    if not fits or channels % 8 or outputs % WIDTH or not equals_library():
+    is_last = x.is_contiguous(memory_format=torch.channels_last)
+    if not is_last or not takes(dtype, channels, outputs, kernel_size, dilation):
         return None
     together = 1 if outputs % (2 * WIDTH) else 2
     plan, bands, lines, asking, zeros, kept = _plan(shape[1:], outputs, together, stride, kernel_size, dilation, by_tap)

@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.kernels import shift2d, shift_conv1x1, shift_conv1x1_reference, tap_order, threads
+from common.kernels import (
+    gains_from_tap_order,
+    shift2d,
+    shift_conv1x1,
+    shift_conv1x1_reference,
+    tap_order,
+    threads,
+)
 
 module = importlib.import_module("common.kernels.shift_conv1x1")
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
@@ -77,6 +84,21 @@ def test_tap_order():
     assert tap_order(8).tolist() == list(range(8))
     for kernel_size in (1, 2, 5):
         assert sorted(tap_order(60, kernel_size).tolist()) == list(range(60))
+
+
+def test_tap_order_is_worth_it_where_the_kernel_runs(monkeypatch):
+    pytest.importorskip("numba")
+    kernels = importlib.import_module("common.kernels.shift_conv1x1_cpu")
+    monkeypatch.setattr(kernels, "equals_library", lambda: True)
+    weight = torch.zeros(16, 48, 1, 1)
+    assert gains_from_tap_order(weight) and gains_from_tap_order(weight, 5, 2)
+    for other in (weight.double(), weight[:, :12], weight[:10], weight.to("meta")):
+        assert not gains_from_tap_order(other)
+    assert not gains_from_tap_order(weight, 3, 9), "beyond the kernel's reach"
+    monkeypatch.setattr(kernels, "equals_library", lambda: False)
+    assert not gains_from_tap_order(weight)
+    monkeypatch.setattr(module, "_KERNELS", {})
+    assert not gains_from_tap_order(weight)
 
 
 def test_order_of_the_shift_where_a_kernel_has_no_other(monkeypatch):

@@ -185,9 +185,11 @@ def test_checkpoint_names_are_the_originals(options, name):
     assert config.arch + config.suffix() == name
 
 
-def test_fused_shifts_in_evaluation(monkeypatch):
+@pytest.mark.parametrize("by_tap", [True, False])
+def test_fused_shifts_in_evaluation(monkeypatch, by_tap):
     """Every shift block runs fused inside, and as before outside; the logits differ in the last bits at most."""
     calls = []
+    monkeypatch.setattr(modules, "gains_from_tap_order", lambda *_: by_tap)
     monkeypatch.setattr(modules, "shift_conv1x1", lambda *a: calls.append(a) or shift_conv1x1(*a))
     model = build_model(Config("shiftresnet20", expansion=2)).eval()
     model.load_state_dict(fill_state_dict(model.state_dict()))
@@ -197,7 +199,7 @@ def test_fused_shifts_in_evaluation(monkeypatch):
         assert not calls
         with engine.fused_shifts(model) as memory_format:
             fused = model(images.to(memory_format=memory_format))
-        assert len(calls) == 9 and memory_format is torch.channels_last
+        assert [call[-1] for call in calls] == [by_tap] * 9 and memory_format is torch.channels_last
         assert (fused - plain).abs().max() < 1e-5 * plain.abs().max() and torch.equal(model(images), plain)
     with engine.fused_shifts(torch.nn.Identity()) as memory_format:
         assert memory_format is torch.preserve_format
