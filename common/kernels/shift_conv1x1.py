@@ -79,7 +79,7 @@ def gains_from_tap_order(weight, kernel_size=3, dilation=1):
     find_kernel = _KERNELS.get(weight.device.type) if weight.device.type in _TAKES_TAP_ORDER else None
     kernel = find_kernel and find_kernel()
     kind = weight.dtype, weight.shape[1], weight.shape[0], kernel_size, dilation
-    return bool(kernel and importlib.import_module(kernel.__module__).takes(*kind))
+    return bool(kernel and _module_of(kernel).takes(*kind))
 
 
 def _in_order(x, weight, kernel_size):
@@ -126,6 +126,10 @@ _KERNELS = {"cpu": _cpu_kernel, "cuda": _cuda_kernel}
 _TAKES_TAP_ORDER = ("cpu",)  # whose kernels have `by_tap`
 
 
+def _module_of(kernel):
+    return importlib.import_module(kernel.__module__)
+
+
 def _prepared(x, weight, bias, *sizes):
     """(the CPU's fused kernel, size and strides of y), found once for such tensors; None: another case, or wrong."""
     find_kernel = _KERNELS.get("cpu")
@@ -145,8 +149,7 @@ def _find_prepared(kernel, shape, strides, dtype, weights, added, stride, kernel
     is_right = is_right and all(type(n) is int and 1 <= n < 2**31 for n in (stride, kernel_size, dilation))
     if not is_right or type(by_tap) is not bool:
         return None
-    kernels = importlib.import_module(kernel.__module__)
-    write = kernels.prepared(shape, strides, dtype, outputs, stride, kernel_size, dilation, by_tap)
+    write = _module_of(kernel).prepared(shape, strides, dtype, outputs, stride, kernel_size, dilation, by_tap)
     x = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
     y = _output(x, torch.empty(weights[0], device="meta"), stride)
     return write and (write, y.shape, y.stride())
