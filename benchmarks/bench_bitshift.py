@@ -221,7 +221,7 @@ def main(argv=None):
         for name in args.layers:
             comparisons += COMPARE[name](args, bits)
     if not args.no_csv:
-        timing.write_csv("bench_bitshift", comparisons)
+        timing.write_csv(args, "bench_bitshift", comparisons)
 
 
 if __name__ == "__main__":

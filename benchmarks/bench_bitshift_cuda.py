@@ -222,17 +222,17 @@ def compare_naive(args, bits):
 
 
 def measure(args):
-    """All comparisons of the chosen parts."""
+    """Generators of the comparisons of each part, the chosen ones, of one layer and code or of one network."""
     for size in args.sizes:
         for bits in args.bits if "linear" in args.parts else ():
-            yield from compare_linear(args, size, bits)
+            yield compare_linear(args, size, bits)
         for scheme, bits in INT8_CODES if "int8" in args.parts else ():
-            yield from compare_int8(args, size, scheme, bits)
+            yield compare_int8(args, size, scheme, bits)
     for bits in args.bits:
         if "network" in args.parts:
-            yield from compare_networks(args, bits)
+            yield compare_networks(args, bits)
         if "naive" in args.parts:
-            yield from compare_naive(args, bits)
+            yield compare_naive(args, bits)
 
 
 def main(argv=None):
@@ -242,9 +242,11 @@ def main(argv=None):
         torch.cuda.set_device(args.device)
     print(f"{timing.hardware(args.device)}; {timing.versions()}")
     torch.manual_seed(0)
-    comparisons = list(measure(args))
-    if comparisons and args.device.type == "cuda" and not args.no_csv:
-        timing.write_csv("bench_bitshift", comparisons)  # bench_bitshift_cuda.csv
+    comparisons = timing.of_each_part(measure(args))
+    if args.device.type == "cuda" and not args.no_csv:
+        timing.write_csv(args, "bench_bitshift", comparisons)  # bench_bitshift_cuda.csv
+    else:
+        list(comparisons)
 
 
 if __name__ == "__main__":

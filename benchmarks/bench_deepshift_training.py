@@ -9,7 +9,6 @@ one after the other; ratios are of images/s, within a repeat, the median shown.
 """
 
 import argparse
-import csv
 import statistics
 import sys
 import time
@@ -20,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 
+from benchmarks import timing
 from deepshift.convert import convert_to_shift
 from deepshift.optim import build_optimizer, parameter_groups
 from deepshift.runs import hardware
@@ -58,8 +58,8 @@ def timed(function, device, steps, clock=time.perf_counter) -> float:
     return (clock() - start) / steps
 
 
-def measure(arch, args, device) -> list[dict]:
-    """Images per second of every kind, one dict per repeat."""
+def measure(arch, args, device, record) -> list[dict]:
+    """Images per second of every kind, one dict per repeat; record(dict) is called at once."""
     images = torch.randn(args.batch_size, 3, 32, 32, device=device)
     if args.channels_last:
         images = images.to(memory_format=torch.channels_last)
@@ -71,6 +71,7 @@ def measure(arch, args, device) -> list[dict]:
     for _ in range(args.repeats):
         seconds = {kind: timed(step, device, args.steps, clock) for kind, step in steps.items()}
         rounds.append({"arch": arch, **{kind: args.batch_size / value for kind, value in seconds.items()}})
+        record(rounds[-1])
     if args.profile:
         with torch.profiler.profile() as profile:
             steps["PS"]()
@@ -101,20 +102,15 @@ def main(argv=None):
     if args.threads:
         torch.set_num_threads(args.threads)
     print(f"batch {args.batch_size}, {hardware(device)}, {args.repeats} rounds of {args.steps} steps")
-    everything = []
+    everything, record = [], timing.row_writer(args.csv, ["arch", *KINDS])
     for arch in args.arch or ("resnet20", "resnet18"):
-        rounds = measure(arch, args, device)
+        rounds = measure(arch, args, device, record)
         everything += rounds
         for kind in KINDS:
             print(f"{arch:10} {kind:6} {statistics.median(row[kind] for row in rounds):10.1f} images/s")
         for kind in KINDS[1:]:
             ratio = statistics.median(row[kind] / row["float"] for row in rounds)
             print(f"{arch} {kind} / float, images/s in training: ratio {ratio:.2f}x")
-    if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, ["arch", *KINDS], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(everything)
     return everything
 
 

@@ -10,7 +10,6 @@ step's time goes.
 """
 
 import argparse
-import csv
 import statistics
 import sys
 import time
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 
+from benchmarks import timing
 from s3.network import Config
 from s3.quantizers import dense_weight_penalty
 from s3.resnet import CLASSES, METHODS
@@ -75,8 +75,8 @@ def weights_step(model):
     return step
 
 
-def measure(arch, args, device) -> list[dict]:
-    """Images per second of every method, one dict per repeat."""
+def measure(arch, args, device, record) -> list[dict]:
+    """Images per second of every method, one dict per repeat; record(dict) is called at once."""
     size = args.image_size or (224 if args.dataset == "imagenet" else 32)
     images = torch.randn(args.batch_size, 3, size, size, device=device)
     if args.channels_last:
@@ -93,6 +93,7 @@ def measure(arch, args, device) -> list[dict]:
     for _ in range(args.repeats):
         seconds = {method: timed(step, device, args.steps, clock) for method, (step, _) in built.items()}
         rounds.append({"arch": arch, **{method: args.batch_size / value for method, value in seconds.items()}})
+        record(rounds[-1])
     for method in methods[1:]:
         if args.parts:
             part = timed(weights_step(built[method][1]), device, 3, clock)
@@ -132,9 +133,9 @@ def main(argv=None):
     if args.threads:
         torch.set_num_threads(args.threads)
     print(f"batch {args.batch_size}, {hardware(device)}, {args.repeats} rounds of {args.steps} steps")
-    everything = []
+    everything, record = [], timing.row_writer(args.csv, ["arch", "float", *(args.method or METHODS[:1])])
     for arch in args.arch or ("resnet18",):
-        rounds = measure(arch, args, device)
+        rounds = measure(arch, args, device, record)
         everything += rounds
         methods = [name for name in rounds[0] if name != "arch"]
         for method in methods:
@@ -142,11 +143,6 @@ def main(argv=None):
         for method in methods[1:]:
             ratio = statistics.median(row[method] / row["float"] for row in rounds)
             print(f"{arch} {method} / float, images/s in training: ratio {ratio:.2f}x")
-    if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(everything[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(everything)
     return everything
 
 

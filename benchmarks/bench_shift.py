@@ -118,7 +118,7 @@ def main(argv=None):
         for layout_name in args.layouts:
             comparisons += compare_layout(args, dtype_name, layout_name)
     if not args.no_csv:
-        timing.write_csv("bench_shift", comparisons)
+        timing.write_csv(args, "bench_shift", comparisons)
 
 
 if __name__ == "__main__":

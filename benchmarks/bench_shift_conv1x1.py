@@ -119,7 +119,7 @@ def main(argv=None):
         for depth in () if args.no_networks else NETWORKS[:2]:
             comparisons.append(compare_network(args, depth, 3))
     if not args.no_csv:
-        timing.write_csv("bench_shift_conv1x1", comparisons)
+        timing.write_csv(args, "bench_shift_conv1x1", comparisons)
 
 
 if __name__ == "__main__":

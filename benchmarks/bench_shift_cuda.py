@@ -111,14 +111,12 @@ def compare_bandwidth(args, dtype_name):
             passes["backward"][name] = input_gradient(operation, inputs, inputs[::-1])
             passes["forward+backward"][name] = trained(operation, inputs, trainable)
     source, target = make(), make()
-    comparisons = []
     for name, candidates in passes.items():
         candidates["copy_"] = lambda run: target.copy_(source)
         factor = 2 if "+" in name else 1
         comparison = timing.Comparison(args, f"{dtype_name} {name}, {args.mebibytes} MiB", candidates, factor * moved)
         _ratios_of_bandwidth(comparison, copies=name != "forward+backward")
-        comparisons.append(comparison)
-    return comparisons
+        yield comparison
 
 
 def _without_gradient(operation, inputs):
@@ -165,7 +163,7 @@ def compare_small(args, dtype_name, layout, batch, channels, side):
     moved = 2 * len(inputs) * inputs[0].numel() * inputs[0].element_size()
     comparison = timing.Comparison(args, title, candidates, moved)
     comparison.ratio("shift2d / clone: time ratio", "shift2d", "clone")
-    return comparison
+    yield comparison
 
 
 class HostTimes(timing.Comparison):
@@ -204,11 +202,14 @@ def compare_host(args):
     }
     times = HostTimes(args, "host time of a call", candidates)
     times.ratio("shift2d / clone: host time ratio", "eager call: shift2d", "eager call: clone")
-    return times
+    yield times
 
 
 def count_compilations():
-    """Print the number of files that CuPy compiles over 50 shapes in a new process, and then in another."""
+    """Print the number of files that CuPy compiles over 50 shapes in a new process, and then in another.
+
+    A part like the others, but nothing is compared.
+    """
     with tempfile.TemporaryDirectory() as folder:
         written = []
         for _ in range(2):
@@ -217,6 +218,7 @@ def count_compilations():
             written.append({(path.name, path.stat().st_ino) for path in Path(folder).iterdir()})
     again = len(written[1] - written[0])
     print(f"\ncompiled over 50 shapes: {len(written[0])} files (at most 8), in a second process {again} (none)")
+    yield from ()
 
 
 def compare_fused(args, dtype_name, layout, batch, sizes):
@@ -242,25 +244,22 @@ def compare_fused(args, dtype_name, layout, batch, sizes):
     comparison.ratio("shift_conv1x1 / 1x1 alone: time ratio", "shift_conv1x1", "1x1 alone")
     name = "depthwise 3x3, then 1x1"
     comparison.ratio(f"{name} / shift_conv1x1: time ratio", name, "shift_conv1x1")
-    return comparison
+    yield comparison
 
 
 def measure(args):
-    """All comparisons of the chosen parts."""
-    comparisons = []
+    """Generators of the comparisons of each part, the chosen ones, of one data type or of one layer."""
     if "bandwidth" in args.parts:
-        for dtype in args.dtypes:
-            comparisons += compare_bandwidth(args, dtype)
+        yield from (compare_bandwidth(args, dtype) for dtype in args.dtypes)
     kinds = [(dtype, layout, batch) for dtype in args.dtypes for layout in LAYOUTS for batch in args.batches]
     if "small" in args.parts:
-        comparisons += [compare_small(args, *kind, *sizes) for kind in kinds for sizes in SMALL]
+        yield from (compare_small(args, *kind, *sizes) for kind in kinds for sizes in SMALL)
     if "host" in args.parts:
-        comparisons.append(compare_host(args))
+        yield compare_host(args)
     if "compilations" in args.parts and args.device.type == "cuda":
-        count_compilations()
+        yield count_compilations()
     if "fused" in args.parts:
-        comparisons += [compare_fused(args, *kind, sizes) for kind in kinds for sizes in FUSED]
-    return comparisons
+        yield from (compare_fused(args, *kind, sizes) for kind in kinds for sizes in FUSED)
 
 
 def main(argv=None):
@@ -272,9 +271,11 @@ def main(argv=None):
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
     print(f"{timing.hardware(args.device)}; {timing.versions()}")
-    comparisons = measure(args)
-    if comparisons and args.device.type == "cuda" and not args.no_csv:
-        timing.write_csv("bench_shift", comparisons)  # bench_shift_cuda.csv
+    comparisons = timing.of_each_part(measure(args))
+    if args.device.type == "cuda" and not args.no_csv:
+        timing.write_csv(args, "bench_shift", comparisons)  # bench_shift_cuda.csv
+    else:
+        list(comparisons)
 
 
 if __name__ == "__main__":

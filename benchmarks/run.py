@@ -1,13 +1,13 @@
 """Run every benchmark that this machine can, then plot the kernels against their floors.
 
     python benchmarks/run.py                  # on the CPU, about 15 minutes on two quiet cores
-    python benchmarks/run.py --device cuda    # on a GPU, its own benchmarks of the kernels
+    python benchmarks/run.py --device cuda    # on a GPU, its own benchmarks of the kernels; --quick: a minute
     python benchmarks/run.py --only bench_bitshift
     python benchmarks/run.py --plot           # plot and table again from benchmarks/results/, measure nothing
 
-Tables go to the screen, numbers to benchmarks/results/*.csv (of a GPU: *_cuda.csv), the plot to
-benchmarks/results/kernels.png and .svg, ratios to the table of common/kernels/README.md. A benchmark that fails does
-not stop the others; the exit status is then 1.
+Tables go to the screen, numbers to benchmarks/results/*.csv (of a GPU: *_cuda.csv, row by row), the plot to
+benchmarks/results/kernels.png and .svg, ratios to the table of common/kernels/README.md. With --results they all go
+there, and no README is written. A benchmark that fails does not stop the others; the exit status is then 1.
 """
 
 import argparse
@@ -28,6 +28,15 @@ ON_GPU = ("bench_shift_cuda", "bench_bitshift_cuda", *TRAINING)
 ALL = tuple(dict.fromkeys((*ON_CPU, *ON_GPU)))
 # A GPU waits for the host in the first steps, and for the clock in single ones.
 TRAINING_ON_GPU = ("--arch", "resnet18", "--batch-size", "128", "--warmup", "10", "--steps", "20")
+# Some rows of each kernel, for a GPU that is there for minutes; a later option wins over an earlier one.
+QUICK = {
+    "bench_shift_cuda": "--parts bandwidth small host fused --dtypes fp32 --batches 128 --mebibytes 64 --repeats 20 "
+    "--max-seconds 2",
+    "bench_bitshift_cuda": "--sizes 4096x4096 --bits 4 --batches 1 16 256 --int8-batches 1024 --image-batches 1 "
+    "--repeats 20 --max-seconds 2",
+    "bench_deepshift_training": "--repeats 2 --steps 10",
+    "bench_s3_training": "--repeats 2 --steps 10",
+}
 OURS = re.compile(r"shift2d|shift_conv1x1|bitshift|packed")  # rows of our kernels, not of what they are compared with
 # Measured for the comparison only.
 ASIDE = re.compile(r"shift2d, then 1x1|in shift2d's order|, \d+ threads|forward, convolution")
@@ -35,13 +44,20 @@ DETAILS = re.compile(r"conv .*, [^4] bits\b|^shift \+ 1x1(?!.*(?:all|the) layers
 COLORS = ("#4477aa", "#ee6677", "#ccbb44", "#228833", "#66ccee")
 
 
-def commands(names: list[str], device: str) -> list[list[str]]:
-    """The command of each benchmark."""
-    options = {name: ["--device", device] for name in ALL if name != "bench_loader"}
-    if device.startswith("cuda"):
-        for name in TRAINING:
-            options[name] += [*TRAINING_ON_GPU, "--csv", f"benchmarks/results/{name}_cuda.csv"]
-    return [[sys.executable, str(HERE / f"{name}.py"), *options.get(name, [])] for name in names]
+def commands(names: list[str], device: str, results: Path = RESULTS, quick: bool = False) -> list[list[str]]:
+    """The command of each benchmark. results: folder of the tables."""
+    every = []
+    for name in names:
+        options = [] if name == "bench_loader" else ["--device", device]
+        if name == "bench_loader":
+            options += ["--output", str(results / f"{name}.csv")]
+        elif name not in TRAINING:
+            options += ["--results", str(results)]
+        elif device.startswith("cuda"):
+            options += [*TRAINING_ON_GPU, "--csv", str(results / f"{name}_cuda.csv")]
+        options += QUICK.get(name, "").split() if quick else []
+        every.append([sys.executable, str(HERE / f"{name}.py"), *options])
+    return every
 
 
 class Bar(NamedTuple):
@@ -142,22 +158,28 @@ def build_parser() -> argparse.ArgumentParser:
     help_only = "these benchmarks (default: the device's)"
     parser.add_argument("--only", nargs="+", choices=ALL, default=None, metavar="NAME", help=help_only)
     parser.add_argument("--plot", action="store_true", help="plot again, measure nothing")
+    parser.add_argument("--quick", action="store_true", help="of a GPU's benchmarks: a few rows of each kernel")
+    help_results = "folder of tables and plot (default: benchmarks/results)"
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=help_results)
     return parser
 
 
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
     names = args.only or (ON_GPU if args.device.startswith("cuda") else ON_CPU)
-    failed = []
-    for command in () if args.plot else commands(list(names), args.device):
+    failed, results = [], args.results.resolve()
+    results.mkdir(parents=True, exist_ok=True)
+    for command in () if args.plot else commands(list(names), args.device, results, args.quick):
         print(f"\n$ python benchmarks/{Path(command[1]).name} {' '.join(command[2:])}", flush=True)
         if subprocess.run(command, cwd=HERE.parent).returncode:
             failed.append(Path(command[1]).name)
     suffix = "_cuda" if args.device.startswith("cuda") else ""
-    target, paths = RESULTS / f"kernels{suffix}", [RESULTS / f"{name}{suffix}.csv" for name in KERNELS]
+    target, paths = results / f"kernels{suffix}", [results / f"{name}{suffix}.csv" for name in KERNELS]
     if plot(paths, target):
-        write_table(paths, README, f"ratios{suffix}")
-        print(f"\n{target}.png, .svg; {README}")
+        print(f"\n{target}.png, .svg")
+        if results == RESULTS:
+            write_table(paths, README, f"ratios{suffix}")
+            print(README)
     if failed:
         print(f"error: failed: {', '.join(failed)}; their output is above", file=sys.stderr)
     return 1 if failed else 0

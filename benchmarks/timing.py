@@ -4,7 +4,7 @@ inputs = rotated(args, make)
 candidates = {"shift2d": lambda run: shift2d(inputs[run % len(inputs)]), "clone": ...}
 comparison = Comparison(args, "fp32 NCHW", candidates, moved_bytes)
 comparison.ratio("shift2d / clone: time ratio", "shift2d", "clone")
-write_csv("bench_shift", [comparison])
+write_csv(args, "bench_shift", [comparison])
 """
 
 import argparse
@@ -15,6 +15,7 @@ import random
 import statistics
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +40,9 @@ def parser(doc):
     options.add_argument("--max-seconds", type=_positive, default=60, help=help_seconds)
     options.add_argument("--threads", type=_positive, help="torch.set_num_threads (default: torch's own choice)")
     options.add_argument("--no-rotate", action="store_true", help="the same buffer each time, cached if it fits")
-    options.add_argument("--no-csv", action="store_true", help="print only; do not write benchmarks/results/*.csv")
+    options.add_argument("--no-csv", action="store_true", help="print only; do not write a CSV file")
+    help_results = "folder of the CSV file (default: benchmarks/results)"
+    options.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=help_results)
     return options
 
 
@@ -48,7 +51,8 @@ def parse(options, argv=None):
     args = options.parse_args(argv)
     try:
         args.device = torch.device(args.device)
-        torch.empty(1, device=args.device)
+        # torch.cuda.set_device wants the number, which "cuda" leaves out; the tensor has it.
+        args.device = torch.empty(1, device=args.device).device
     except (RuntimeError, AssertionError) as error:
         options.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
     if args.threads:
@@ -217,22 +221,47 @@ def _time_on_gpu(candidates, args):
     return {name: [start.elapsed_time(end) / 1e3 for start, end in pairs] for name, pairs in events.items()}
 
 
-def write_csv(script, comparisons):
-    """Write benchmarks/results/<script>.csv: one row per candidate and one per ratio, with hardware and versions.
+def of_each_part(parts):
+    """Comparisons of all parts, an iterable of iterables. A part that fails does not stop the next; its error is last.
 
-    Of a GPU <script>_cuda.csv, so that the CPU's stay.
+    A GPU may be there for minutes only: a kernel that is wrong must not cost the figures of the others.
     """
-    RESULTS.mkdir(exist_ok=True)
-    is_gpu = any(comparison.device.type == "cuda" for comparison in comparisons)
-    path = RESULTS / f"{script}{'_cuda' if is_gpu else ''}.csv"
+    errors = []
+    for part in parts:
+        try:
+            yield from part
+        except Exception as error:
+            traceback.print_exc()
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def row_writer(path, columns):
+    """Function that writes a dict as the next row of a new CSV file, at once; does nothing where path is None."""
+    if path is None:
+        return lambda row: None
+    file = open(path, "w", newline="", encoding="utf-8", buffering=1)
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    return writer.writerow
+
+
+def write_csv(args, script, comparisons):
+    """Write <script>.csv in --results: one row per candidate and one per ratio, with hardware and versions.
+
+    Of a GPU <script>_cuda.csv, so that the CPU's stay. comparisons: an iterable; the rows of each are in the file
+    before the next is measured.
+    """
+    args.results.mkdir(parents=True, exist_ok=True)
+    path, count = args.results / f"{script}{'_cuda' if args.device.type == 'cuda' else ''}.csv", 0
     columns = ["comparison", "name", "median_ms", "q1_ms", "q3_ms", "floor_ms", "bytes", "operations", "gb_per_s",
                "ratio", "runs", "copy_gb_per_s", "matmul_gflop_per_s", "hardware", "versions"]  # fmt: skip
-    rows = list(itertools.chain.from_iterable(map(_rows, comparisons)))
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"\n{len(rows)} rows in {path}")
+    write = row_writer(path, columns)
+    for row in itertools.chain.from_iterable(map(_rows, comparisons)):
+        write(row)
+        count += 1
+    print(f"\n{count} rows in {path}")
 
 
 def _rows(comparison):

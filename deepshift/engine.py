@@ -15,20 +15,9 @@ from torch import nn
 
 from common.checkpoints import CheckpointError
 from common.data import DataError
-from deepshift.runs import RunError
-
-
-@dataclass(frozen=True)
-class World:
-    """Place of this process among those of the run."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
+from deepshift.capture import LossLog, run_steps
+from deepshift.optim import after_replay
+from deepshift.run import RunError, World, choose_device, join_processes, world_of_environment
 
 
 def join_world(args) -> tuple[World, torch.device]:
@@ -36,46 +25,38 @@ def join_world(args) -> tuple[World, torch.device]:
 
     Raises RunError if the device is not there, or the flags of a distributed run do not fit.
     """
-    _environment_of_flags(args)
-    world = World(*(int(os.environ.get(name, at)) for name, at in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+    world = world_of_environment(_environment_of_flags(args))
     device = _device(args, world)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world.size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    join_processes(world, device)
     return world, device
 
 
 def _device(args, world):
-    name = args.device
     if getattr(args, "no_cuda", False):
-        name = "cpu"
-    elif getattr(args, "gpu", None) is not None:
-        name = f"cuda:{args.gpu}"
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and world.size > 1:
-        name = f"cuda:{world.local_rank}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise RunError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise RunError(f"--device {name}: only cpu and cuda are supported")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RunError(f"{name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
-    return device
+        if args.device not in ("auto", "cpu"):
+            raise RunError(f"--no-cuda and --device {args.device} are two devices; leave one of both out")
+        return choose_device("cpu", world)
+    gpu = getattr(args, "gpu", None)  # the scripts of one GPU have no such flag
+    if gpu is not None:
+        if args.device not in ("auto", "cuda", f"cuda:{gpu}"):
+            raise RunError(f"--gpu {gpu} and --device {args.device} are two devices; leave one of both out")
+        return choose_device(f"cuda:{gpu}", world, f"--gpu {gpu}")
+    return choose_device(args.device, world)
 
 
 def _environment_of_flags(args):
-    """--world-size, --rank and --dist-url as the environment that torchrun would have set."""
+    """--world-size, --rank and --dist-url as the environment that torchrun would have set.
+
+    Returns how many processes this machine then has, None where the flags say nothing of it.
+    """
     nodes = getattr(args, "world_size", -1)
     if nodes < 2 or "RANK" in os.environ:
-        return
+        return None
     if not 0 <= args.rank < nodes:
         raise RunError(f"--world-size {nodes} needs --rank 0 to {nodes - 1}, not {args.rank}")
     host, port = _address(args.dist_url)
     os.environ.update(RANK=str(args.rank), WORLD_SIZE=str(nodes), LOCAL_RANK="0", MASTER_ADDR=host, MASTER_PORT=port)
+    return 1
 
 
 def _address(url):
@@ -86,9 +67,17 @@ def _address(url):
 
 
 def processes_to_start(args) -> int:
-    """How many processes --multiprocessing-distributed wants on this node; 0: this one goes on alone."""
+    """How many processes --multiprocessing-distributed wants on this node; 0: this one goes on alone.
+
+    Raises RunError if the flags name one GPU, which all of them would use.
+    """
     wanted = getattr(args, "multiprocessing_distributed", False) and "RANK" not in os.environ
-    return torch.cuda.device_count() if wanted and args.device != "cpu" and torch.cuda.device_count() > 1 else 0
+    if not wanted or args.device.startswith("cpu") or torch.cuda.device_count() < 2:
+        return 0
+    one = f"--gpu {args.gpu}" if args.gpu is not None else f"--device {args.device}"
+    if args.gpu is not None or args.device not in ("auto", "cuda"):
+        raise RunError(f"{one} names one GPU, --multiprocessing-distributed uses all of them; leave one of both out")
+    return torch.cuda.device_count()
 
 
 def start_processes(args, count: int) -> int:
@@ -102,7 +91,7 @@ def start_processes(args, count: int) -> int:
     children = []
     for local in range(count):
         place = {"RANK": str(node * count + local), "WORLD_SIZE": str(nodes * count), "LOCAL_RANK": str(local),
-                 "MASTER_ADDR": host, "MASTER_PORT": port}  # fmt: skip
+                 "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": host, "MASTER_PORT": port}  # fmt: skip
         command = [sys.executable, sys.argv[0], *args.command[1:]]
         children.append(subprocess.Popen(command, env={**os.environ, **place}))
     try:
@@ -118,6 +107,10 @@ class Meter:
     def __init__(self, device):
         # float32 sums of losses would drift over an epoch
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+
+    def start(self):
+        """Begin anew, in the same tensor: a recorded step goes on writing there."""
+        self.sums.zero_()
 
     def add(self, loss_sum, logits, targets):
         hits = logits.topk(min(5, logits.shape[1]), 1).indices == targets[:, None]
@@ -213,42 +206,70 @@ class StepOptions:
     logs_regulariser: bool = False
 
 
-def train_one_epoch(model, loader, optimizer, lines, options: StepOptions, *, epoch, world) -> Result:
-    """One pass over the training set.
+class TrainingStep:
+    """What happens to a batch: forward, loss, backward, update, count. Nothing here waits for the device.
 
-    Each step's loss is the mean over the global batch, so that the number of ranks does not change the gradient.
-    An update follows every `batch_multiplier` batches, and the last batch. Raises RunError once a loss is seen not to
-    be finite (one step later on a GPU, which is not waited for).
+    Each step's loss is the mean over the global batch, so that the number of ranks does not change the gradient. An
+    update follows every `batch_multiplier` batches, and the last batch. The tensors stay where they are from epoch to
+    epoch, so that a recorded step can be replayed.
     """
-    model.train()
-    device, many = loader.device, options.batch_multiplier
-    meter, start, unchecked = Meter(device), time.monotonic(), None
-    optimizer.zero_grad(set_to_none=True)
-    for step, ((images, targets), batch_size) in enumerate(zip(loader, loader.batch_sizes, strict=True)):
-        lines.loaded()
-        with torch.autocast(device.type, options.amp_dtype, enabled=options.amp_dtype is not None):
-            logits = logits_of(model(images))
+
+    def __init__(self, model, optimizer, device, options: StepOptions, *, world):
+        self.model, self.optimizer, self.device = model, optimizer, torch.device(device)
+        self.options, self.world = options, world
+        self.meter, self.losses = Meter(device), LossLog(device)
+        self.number = self.steps = 0
+
+    def start(self, steps: int):
+        """An epoch of so many steps begins."""
+        self.model.train()
+        self.meter.start()
+        self.losses.start(steps)
+        self.number, self.steps = 0, steps
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def rates(self) -> tuple:
+        """What the host decides before a step, and a recording of it fixes."""
+        return tuple(group["lr"] for group in self.optimizer.param_groups)
+
+    def __call__(self, images, targets, batch_size):
+        """batch_size: images of this step over all processes. Returns the loss that is shown, logits and targets."""
+        options, many = self.options, self.options.batch_multiplier
+        with torch.autocast(self.device.type, options.amp_dtype, enabled=options.amp_dtype is not None):
+            logits = logits_of(self.model(images))
         loss_sum = F.cross_entropy(logits.float(), targets, reduction="sum")
-        loss = loss_sum * (world.size / batch_size)  # DDP averages gradients over ranks
+        loss = loss_sum * (self.world.size / batch_size)  # DDP averages gradients over ranks
         if options.regulariser is not None:
             extra = options.regulariser()
             loss = loss + extra
             if options.logs_regulariser:
                 loss_sum = loss_sum + extra * targets.numel()
-        is_update = (step + 1) % many == 0 or step + 1 == len(loader)
-        _backward(loss / many if many > 1 else loss, optimizer, options.scaler, is_update)
+        self.number += 1
+        is_update = self.number % many == 0 or self.number == self.steps
+        _backward(loss / many if many > 1 else loss, self.optimizer, options.scaler, is_update)
         logged = loss_sum.detach() / many
-        meter.add(logged, logits.detach(), targets)
-        if unchecked is not None and device.type != "cpu":
-            _require_finite(unchecked, epoch, step - 1)
-        elif device.type == "cpu":
-            _require_finite(logged, epoch, step)
-        unchecked = logged
-        lines.advance(step, logged, logits.detach(), targets, meter)
-    _require_finite(unchecked, epoch, len(loader) - 1)
-    last = unchecked.item() / targets.numel()
-    meter.reduce()
-    return Result(*meter.result(), (time.monotonic() - start) / len(loader), len(loader), last)
+        self.meter.add(logged, logits.detach(), targets)
+        self.losses.add(logged)
+        return logged, logits.detach(), targets
+
+
+def train_one_epoch(step: TrainingStep, loader, lines, *, epoch, graph=None) -> Result:
+    """One pass over the training set.
+
+    graph: replays the step as a CUDA graph. Raises RunError once a loss is seen not to be finite, up to 100 steps later
+    on a GPU, which is not waited for.
+    """
+    start = time.monotonic()
+    step.start(len(loader))
+    for number, found in enumerate(run_steps(step, loader, graph=graph, kind=step.rates, loaded=lines.loaded)):
+        if graph is not None:
+            after_replay(step.optimizer)
+        if (bad := step.losses.first_bad(number + 1)) is not None:
+            raise RunError(f"the loss is {bad[1]} at epoch {epoch}, batch {bad[0]}; try a smaller --lr")
+        lines.advance(number, *found, step.meter)
+    last = found[0].item() / found[2].numel()
+    step.meter.reduce()
+    return Result(*step.meter.result(), (time.monotonic() - start) / len(loader), len(loader), last)
 
 
 def _backward(loss, optimizer, scaler, is_update):
@@ -268,17 +289,13 @@ def logits_of(output):
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
-def _require_finite(loss, epoch, step):
-    value = loss.item()
-    if value != value or value in (float("inf"), float("-inf")):
-        raise RunError(f"the loss is {value} at epoch {epoch}, batch {step}; try a smaller --lr")
-
-
 @torch.no_grad()
-def evaluate(model: nn.Module, loader, lines=None, *, world=World(), compare: Callable | None = None) -> Result:
+def evaluate(
+    model: nn.Module, loader, lines=None, *, world=World(), compare: Callable | None = None, graph=None
+) -> Result:
     """Loss and accuracies over the whole test set, each image once, in float32 whatever --amp says.
 
-    compare: called with (images, logits) of every batch.
+    compare: called with (images, logits) of every batch. graph: replays the step of a batch as a CUDA graph.
     """
     model.eval()
     if world.size > 1:  # running statistics differ between ranks; rank 0's are the ones that are saved
@@ -286,10 +303,16 @@ def evaluate(model: nn.Module, loader, lines=None, *, world=World(), compare: Ca
             dist.broadcast(buffer, 0)
     meter, seconds = Meter(loader.device), 0.0
     start = time.monotonic()
-    for step, (images, targets) in enumerate(loader):
+
+    def test(images, targets, _):
         logits = logits_of(model(images))
         loss_sum = F.cross_entropy(logits, targets, reduction="sum")
         meter.add(loss_sum, logits, targets)
+        return images, logits, loss_sum, targets
+
+    if graph is not None:
+        graph.forget()
+    for step, (images, logits, loss_sum, targets) in enumerate(run_steps(test, loader, graph=graph)):
         if lines is not None:
             lines.loaded()
             lines.advance(step, loss_sum, logits, targets, meter)

@@ -5,11 +5,10 @@ import math
 import sys
 from pathlib import Path
 
-import torch
-
 from deepshift.convert import SHIFT_TYPES
 from deepshift.optim import OPTIMIZERS
 from deepshift.quantizers import ROUNDINGS
+from deepshift.run import fp16_refusal
 
 ALL_LAYERS = 1_000_000  # a depth that no network has
 TRUE, FALSE = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0")
@@ -121,6 +120,7 @@ def add_added_flags(parser):
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     add("--amp", default="off", choices=("off", "bf16", "fp16"), help="mixed precision (default: %(default)s)")
     add("--compile", action="store_true", help="torch.compile the network")
+    add("--cuda-graph", action="store_true", help="record a training step once, replay it: one GPU")
     add("--channels-last", action="store_true", help="store activations as NHWC")
     add("--deterministic", action="store_true", help="same bits on a GPU too, slower")
     add("--output-dir", default="./models", metavar="DIR", help="instead of ./models")
@@ -140,8 +140,9 @@ def finish(parser, args, argv):
         parser.error(f"unknown --optimizer {args.optimizer!r}; choose from {', '.join(OPTIMIZERS)}")
     if args.use_kernel and not args.evaluate:
         parser.error(f"--use-kernel: {KERNEL_ERROR} Add -e")
-    if args.amp == "fp16" and (args.device == "cpu" or not torch.cuda.is_available()):
-        parser.error("--amp fp16 needs a GPU; use --amp bf16 on the CPU")
+    device = "cpu" if getattr(args, "no_cuda", False) else args.device
+    if args.amp == "fp16" and (refusal := fp16_refusal(device)):
+        parser.error(refusal)
     args.notes = []
     if args.shift_type_given and not args.shift_depth_given:
         args.shift_depth = ALL_LAYERS

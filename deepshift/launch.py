@@ -10,6 +10,7 @@ from common.checkpoints import read_foreign
 from deepshift import engine
 from deepshift.convert import pack_layers, round_shift_weights, shift_layers, use_kernels
 from deepshift.count import count_macs, count_parameters
+from deepshift.run import gpu_errors_explained
 from deepshift.runs import Run, RunError, describe_run, read_metrics, write_text
 from deepshift.summary import summarise
 from deepshift.training import Training, changed_flags, train
@@ -50,7 +51,8 @@ def evaluate(training: Training, run: Run, loader) -> engine.Result:
         compare, found = kernel_check(training, model)
         overflow_count(reset=True)
     lines = task.test_lines(args, loader, training.world.is_main)
-    result = engine.evaluate(model, loader, lines, world=training.world, compare=compare)
+    with gpu_errors_explained(*task.test_batch(args)):
+        result = engine.evaluate(model, loader, lines, world=training.world, compare=compare)
     task.report(result, training.say)
     if compare is not None:
         use_kernels(model, None)
@@ -84,6 +86,11 @@ def finished_result(args, run: Run) -> dict | None:
 
 def run_task(task, args):
     """What the scripts' `main` does after the flags are parsed; returns the exit status."""
+    with gpu_errors_explained(args.batch_size, "--batch-size"):
+        return _run_task(task, args)
+
+
+def _run_task(task, args):
     count = engine.processes_to_start(args)
     if count:
         return engine.start_processes(args, count)
@@ -166,7 +173,8 @@ def _train(training, run, loaders, resumed):
     header["seed"] = training.seed
     run.start_log(header, task.columns, training.first_epoch if resumed else None, task.first_number)
     try:
-        result = train(training, run, loaders)
+        with gpu_errors_explained(args.batch_size, "--batch-size"):
+            result = train(training, run, loaders)
         run.log_result(result)
     except RunError as error:
         kept = f"; the last good checkpoint is {run.checkpoint_path}" if run.checkpoint_path.exists() else ""

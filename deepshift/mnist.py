@@ -43,6 +43,9 @@ class Mnist(Task):
     def test_lines(self, args, loader, shown):
         return None
 
+    def test_batch(self, args):
+        return args.test_batch_size, "--test-batch-size"
+
     def report(self, result, say):
         numbers = f"{result.correct}/{result.seen} ({result.top1:.0f}%)"
         say(f"\nTest set: Average loss: {result.loss:.4f}, Accuracy: {numbers}\n")

@@ -17,6 +17,7 @@ class Ranger(torch.optim.RAdam):
         if not lr > 0 or not 0 < alpha <= 1 or k < 1:
             raise ValueError(f"Ranger needs lr > 0, 0 < alpha <= 1 and k >= 1, not {lr:g}, {alpha:g} and {k}")
         super().__init__(params, lr, betas, eps, weight_decay, decoupled_weight_decay=True)
+        self.looks_ahead = True  # at the end of step(); else whoever calls it does that
         for group in self.param_groups:
             group.setdefault("alpha", alpha)
             group.setdefault("k", k)
@@ -27,20 +28,25 @@ class Ranger(torch.optim.RAdam):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None and "slow_buffer" not in self.state[p]:
-                    self._initialise(p)
+                    self._initialise(p, group["capturable"])
         loss = super().step(closure)
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                if p.grad is not None and int(state["step"]) % group["k"] == 0:
-                    state["slow_buffer"].lerp_(p, group["alpha"])
-                    p.copy_(state["slow_buffer"])
+        if self.looks_ahead:
+            self.look_ahead(lambda p: int(self.state[p]["step"]))
         return loss
 
-    def _initialise(self, p):
+    @torch.no_grad()
+    def look_ahead(self, steps_of):
+        """The step back of every k-th step. steps_of: parameter -> steps done, a host's number."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if "slow_buffer" in self.state[p] and steps_of(p) % group["k"] == 0:
+                    self.state[p]["slow_buffer"].lerp_(p, group["alpha"])
+                    p.copy_(self.state[p]["slow_buffer"])
+
+    def _initialise(self, p, capturable):
         # All of the state: RAdam fills it only where there is none.
         self.state[p] = {
-            "step": torch.zeros(()),
+            "step": torch.zeros((), device=p.device if capturable else None),
             "exp_avg": torch.zeros_like(p),
             "exp_avg_sq": torch.zeros_like(p),
             "slow_buffer": p.detach().clone(),
@@ -58,6 +64,36 @@ def build_optimizer(name: str, groups: list, lr: float, momentum: float = 0.0) -
         return torch.optim.RAdam(groups, lr, decoupled_weight_decay=True)
     classes = {"adadelta": "Adadelta", "adagrad": "Adagrad", "adam": "Adam", "rmsprop": "RMSprop"}
     return Ranger(groups, lr) if kind == "ranger" else getattr(torch.optim, classes[kind])(groups, lr)
+
+
+def make_capturable(optimizer, device) -> bool:
+    """Prepare an optimizer for steps recorded as a CUDA graph; False if it cannot be.
+
+    Adam and its kin then count their steps on the device. Ranger's every sixth step is not like the others: that part
+    of it is left to `after_replay`.
+    """
+    if isinstance(optimizer, torch.optim.SGD):
+        return True
+    if "capturable" not in optimizer.defaults:
+        return False
+    for group in optimizer.param_groups:
+        group["capturable"] = torch.device(device).type == "cuda"  # a CPU has no graphs, and refuses
+    if isinstance(optimizer, Ranger):
+        optimizer.looks_ahead = False
+        optimizer.steps_before = None
+    return True
+
+
+def after_replay(optimizer):
+    """What a step leaves to the host when it is replayed: Ranger's look ahead."""
+    if not isinstance(optimizer, Ranger):
+        return
+    if optimizer.steps_before is None:  # read once, counted here from then on
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p in optimizer.state]
+        optimizer.steps_before = {p: int(optimizer.state[p]["step"]) - 1 for p in parameters}
+    for p in optimizer.steps_before:
+        optimizer.steps_before[p] += 1
+    optimizer.look_ahead(optimizer.steps_before.get)
 
 
 def parameter_groups(model: nn.Module, lr: float, lr_sign: float | None, weight_decay: float) -> list[dict]:

@@ -148,7 +148,8 @@ def ps_weight(shift: Tensor, sign: Tensor, shift_range: tuple[int, int], roundin
         with torch.no_grad():
             shift.data.clamp_(low, high)
         return _PSWeight.apply(shift, sign, rounding, None)
-    shift.data, weight = found
+    clamped, weight = found
+    shift.data.copy_(clamped)  # in place: other addresses would not be those that a recorded step reads
     return _PSWeight.apply(shift, sign, rounding, weight)
 
 
@@ -163,7 +164,8 @@ def q_weight(weight: Tensor, shift_range: tuple[int, int], rounding: str = "dete
         with torch.no_grad():
             clamp_magnitude_(weight.data, low, high)
         return _QWeight.apply(weight, rounding, None)
-    weight.data, rounded = found
+    clamped, rounded = found
+    weight.data.copy_(clamped)
     return _QWeight.apply(weight, rounding, rounded)
 
 

@@ -12,12 +12,10 @@ from pathlib import Path
 import torch
 
 from common.checkpoints import save_checkpoint
+from deepshift.events import open_events
+from deepshift.run import RunError
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-class RunError(Exception):
-    """A user's mistake or a run that cannot go on; the text is one line: what is wrong and what to do."""
 
 
 def label(prefix: str, depth: str, weight_bits: int | None, desc: str | None) -> str:
@@ -86,8 +84,6 @@ class Run:
         """
         if not self.is_writer:
             return
-        from tensorboardX import SummaryWriter
-
         lines, rows = [{"type": "run", **header}], []
         if resumed_at is not None:
             earlier = [line for line in read_metrics(self.metrics_path) if line.get("type") != "result"]
@@ -97,7 +93,7 @@ class Run:
         write_text(self.metrics_path, "".join(json.dumps(line) + "\n" for line in lines))
         self.write_csv("train_log.csv", [columns, *rows])
         self._metrics = open(self.metrics_path, "a")
-        self._events = SummaryWriter(str(self.directory), purge_step=resumed_at)
+        self._events = open_events(self.directory, purge_step=resumed_at)
 
     def log_epoch(self, record: dict, row: list):
         """One line in metrics.jsonl and train_log.csv, and one point per curve in TensorBoard."""

@@ -56,6 +56,10 @@ class Task:
     def test_lines(self, args, loader, shown):
         return engine.BatchLines("Test: ", len(loader), args.print_freq, top5=self.top5, shown=shown)
 
+    def test_batch(self, args) -> tuple[int, str]:
+        """Images that are tested at once, and the flag that says how many."""
+        return args.batch_size, "--batch-size"
+
     def report(self, result, say):
         """The line after a test."""
         say(f" * Acc@1 {result.top1:.3f}" + (f" Acc@5 {result.top5:.3f}" if self.top5 else ""))

@@ -9,12 +9,14 @@ import torch.distributed as dist
 from torch import nn
 
 from deepshift import engine
+from deepshift.capture import StepGraph, why_not
 from deepshift.checkpoints import load_into, read_weights, require_same
 from deepshift.convert import round_shift_weights, shift_layers
 from deepshift.network import build_network
-from deepshift.optim import build_optimizer
+from deepshift.optim import build_optimizer, make_capturable
 from deepshift.packed import packed_payload
 from deepshift.quantizers import shift_l2_norm
+from deepshift.run import gpu_errors_explained
 from deepshift.runs import Run, RunError
 
 RESULT_FLAGS = (
@@ -61,6 +63,19 @@ class Training:
         scaler = torch.amp.GradScaler(device.type) if args.amp == "fp16" else None
         self.options = engine.StepOptions(amp, scaler, getattr(args, "batch_multiplier", 1))
         self.optimizer = None if args.evaluate else self._optimizer()
+        self.graph = self._graph() if args.cuda_graph and not args.evaluate else None
+        self.test_graph = None if self.graph is None else StepGraph(device)
+
+    def _graph(self):
+        args = self.args
+        why = why_not(self.device, processes=self.world.size, amp=args.amp, compiled=args.compile)
+        if why is None and self.options.batch_multiplier > 1:
+            why = "does not go with --batch-multiplier, whose steps differ; leave one of them out"
+        if why is None and not make_capturable(self.optimizer, self.device):
+            why = f"does not go with --optimizer {args.optimizer}, which counts its steps on the host"
+        if why is not None:
+            raise RunError(f"--cuda-graph {why}")
+        return StepGraph(self.device)
 
     def _optimizer(self):
         args = self.args
@@ -117,7 +132,11 @@ class Training:
     def load_optimizer(self, path: str, state):
         """State of an optimizer, from a checkpoint. Raises RunError if it is of another one."""
         try:
-            self.optimizer.load_state_dict(state)
+            # where steps are counted, on the host or the device, is this run's choice (--cuda-graph)
+            mine = [{name: group[name] for name in ("capturable",) if name in group}
+                    for group in self.optimizer.param_groups]  # fmt: skip
+            groups = [{**theirs, **ours} for theirs, ours in zip(state["param_groups"], mine, strict=True)]
+            self.optimizer.load_state_dict({**state, "param_groups": groups})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(f"{path}: its optimizer does not fit this run ({error}); give the --optimizer and "
                            "--shift-depth it was trained with, or load it with --weights") from None  # fmt: skip
@@ -127,7 +146,12 @@ class Training:
         model = self.net
         if self.world.size > 1:
             model = nn.parallel.DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None)
-        return torch.compile(model) if self.args.compile else model
+        # Else the last, shorter batch makes all later ones run a slower graph that fits any size.
+        return torch.compile(model, dynamic=False) if self.args.compile else model
+
+    def new_step(self) -> engine.TrainingStep:
+        """What each batch goes through."""
+        return engine.TrainingStep(self.wrapped(), self.optimizer, self.device, self.options, world=self.world)
 
     def set_rates(self, epoch: int) -> list[float]:
         rates = self.task.learning_rates(self.args, self.base_rates, epoch)
@@ -177,18 +201,17 @@ class Training:
 def train(training: Training, run: Run, loaders) -> dict:
     """All remaining epochs. Returns the result: accuracy of the last epoch, and the best, chosen on the test set."""
     task, args, world, (train_loader, test_loader) = training.task, training.args, training.world, loaders
-    model, rounded = training.wrapped(), None
+    step, rounded = training.new_step(), None
     for epoch in range(training.first_epoch, args.epochs):
         start, rates = time.monotonic(), training.set_rates(epoch)
         task.announce(rates, training.say)
         train_loader.set_epoch(epoch)
         lines = task.train_lines(args, epoch, train_loader, world.is_main)
-        trained = engine.train_one_epoch(
-            model, train_loader, training.optimizer, lines, training.options, epoch=epoch, world=world
-        )
+        trained = engine.train_one_epoch(step, train_loader, lines, epoch=epoch, graph=training.graph)
         rounded = round_shift_weights(training.net, clone=True)  # what is saved is what is measured
         lines = task.test_lines(args, test_loader, world.is_main)
-        training.last = engine.evaluate(rounded, test_loader, lines, world=world)
+        with gpu_errors_explained(*task.test_batch(args)):
+            training.last = engine.evaluate(rounded, test_loader, lines, world=world, graph=training.test_graph)
         task.report(training.last, training.say)
         if math.isnan(training.last.loss):
             raise RunError(f"the test loss is NaN after epoch {epoch}; try a smaller --lr")

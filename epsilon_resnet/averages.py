@@ -7,6 +7,7 @@ from epsilon_resnet.models import Config, Output
 from epsilon_resnet.modules import is_closed
 from epsilon_resnet.schedules import average_decay
 
+STEPS_OF_START = 172  # from step 170 on the decay is 0.95
 CLOSED = 0.999995  # from here on `{:.5g}` prints 1: about the last 238 training batches all found the gate closed
 
 
@@ -27,10 +28,18 @@ class Statistics:
         # As in the original: CIFAR's ratio divides by 3n + 2, which is not the number of blocks.
         self.ratio_of = len(blocks) + 2 * (config.arch == "cifar")
         self.values = torch.zeros(len(self.names), device=device)
+        # 1 - d of the first steps, the last one of all that follow; counted on the device, as a recorded step needs it
+        weights = [1 - average_decay(step) for step in range(STEPS_OF_START)]
+        self.weights = torch.tensor(weights, device=device)
+        self.place = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def start(self, step: int):
+        """The next batch is that of this 0-based global step."""
+        self.place.fill_(min(step, STEPS_OF_START - 1))
 
     @torch.no_grad()
-    def update(self, step: int, output: Output, epsilon: float, loss: Tensor, targets: Tensor):
-        """Add a training batch, of 0-based global step `step`. No call here waits for the device."""
+    def update(self, output: Output, epsilon: float, loss: Tensor, targets: Tensor):
+        """Add a training batch. No call here waits for the device."""
         parts = []
         if output.peaks is not None:
             closed = is_closed(output.peaks, epsilon).float()
@@ -39,7 +48,9 @@ class Statistics:
             parts = [closed, output.peaks, torch.stack([count, count / self.ratio_of, side_error])]
         errors = [top_k_errors(output.logits, targets, k) / len(targets) for k in top_ks(self.config)]
         parts.append(torch.stack([loss.detach().float(), *errors]))
-        self.values -= (self.values - torch.cat(parts)) * (1 - average_decay(step))
+        self.values -= (self.values - torch.cat(parts)) * self.weights.index_select(0, self.place)
+        self.place += 1
+        self.place.clamp_(max=STEPS_OF_START - 1)
 
     def as_dict(self) -> dict[str, float]:
         """All averages by name; waits for the device."""

@@ -15,8 +15,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from epsilon_resnet import engine, flags, pruning
+from epsilon_resnet.inputs import TEST_BATCH_SIZE
 from epsilon_resnet.launch import run_training, test_batches_for
 from epsilon_resnet.models import NUM_CLASSES
+from epsilon_resnet.run import gpu_errors_explained
 from epsilon_resnet.runs import RunError, command_line
 
 
@@ -81,6 +83,7 @@ def fine_tune(args, compressed, script, argv):
     return 0
 
 
+@gpu_errors_explained(TEST_BATCH_SIZE)
 def run(args, script, argv) -> int:
     """Test, or train further with --epochs; returns the exit status."""
     compressed = pruning.read_compressed(args.cfg)

@@ -30,6 +30,7 @@ from epsilon_resnet.count import comparison
 from epsilon_resnet.launch import test_batches_for
 from epsilon_resnet.models import Config, build_model
 from epsilon_resnet.modules import is_closed
+from epsilon_resnet.run import gpu_errors_explained
 from epsilon_resnet.runs import RunError, load_state, model_files
 
 TOLERANCE = 1e-6  # of the largest logit: what differs then is rounding
@@ -180,6 +181,7 @@ def blame(closed: dict[str, int], discarded: list[str], batches: int) -> str:
     return ""
 
 
+@gpu_errors_explained(inputs.TEST_BATCH_SIZE, "--images")
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)

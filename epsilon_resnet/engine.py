@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -13,23 +12,20 @@ import torch.nn.functional as F
 from common.checkpoints import CheckpointError
 from common.data import DataError
 from epsilon_resnet.averages import top_k_errors, top_ks
-from epsilon_resnet.runs import RunError
+from epsilon_resnet.capture import LossLog, run_steps
+from epsilon_resnet.inputs import TEST_BATCH_SIZE
+from epsilon_resnet.run import (
+    RunError,
+    World,
+    choose_device,
+    gpu_errors_explained,
+    join_processes,
+    numbered_gpu,
+    world_of_environment,
+)
 
 SIDE_WEIGHT = 0.1
 SECONDS_BETWEEN_LINES = 120.0
-
-
-@dataclass(frozen=True)
-class World:
-    """Place of this process among those that `torchrun` (or --gpu with several devices) started."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
 
 def gpu_ids(flag: str | None) -> list[int]:
@@ -46,11 +42,19 @@ def gpu_ids(flag: str | None) -> list[int]:
 def needs_processes(gpu: str | None, device: str) -> int:
     """How many processes --gpu asks for that are not running yet; 0 if this one is enough.
 
-    Several ids give one process per GPU, or with an explicit --device cpu as many CPU processes.
+    Several ids give one process per GPU, or with an explicit --device cpu as many CPU processes. Raises RunError if
+    there is no GPU of such a number.
     """
-    count = len(gpu_ids(gpu))
-    usable = device == "cpu" or (device in ("auto", "cuda") and torch.cuda.is_available())
-    return count if count > 1 and usable and "WORLD_SIZE" not in os.environ else 0
+    ids = gpu_ids(gpu)
+    if len(ids) < 2 or "WORLD_SIZE" in os.environ:
+        return 0
+    if device == "cpu":
+        return len(ids)
+    if device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return 0
+    for number in ids:  # here, because each of the processes would say it
+        numbered_gpu(number, f"--gpu {gpu}")
+    return len(ids)
 
 
 def start_processes(count: int, script: str, argv) -> int:
@@ -67,36 +71,26 @@ def join_world(gpu: str | None, device: str) -> tuple[World, torch.device]:
     gpu: the original's comma list; device: auto, cpu, cuda or cuda:N, which wins over gpu unless it is auto.
     Raises RunError if the device is not there.
     """
-    world = World(
-        *(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    )
-    chosen = _device(world, gpu_ids(gpu), device)
-    if chosen.type == "cuda":
-        if (chosen.index or 0) >= torch.cuda.device_count():
-            raise RunError(f"{chosen}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
-        torch.cuda.set_device(chosen)
-    if world.size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    world = world_of_environment()
+    chosen = _device(world, gpu, device)
+    join_processes(world, chosen)
     return world, chosen
 
 
-def _device(world, ids, name):
-    if name == "auto":
-        if not torch.cuda.is_available():
-            if ids and world.is_main:
-                print("warning: no CUDA device here, --gpu is ignored and the CPU used", file=sys.stderr)
-            return torch.device("cpu")
-        name = "cuda"
-    if name == "cuda":
-        index = ids[world.local_rank % len(ids)] if ids else world.local_rank
-        return torch.device("cuda", index)
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise RunError(f"--device {name}: not a device for this; use auto, cpu, cuda or cuda:N")
-    return device
+def _device(world, gpu, name):
+    ids = gpu_ids(gpu)
+    if not ids or name not in ("auto", "cuda"):
+        return choose_device(name, world)
+    if name == "auto" and not torch.cuda.is_available():
+        if world.is_main:
+            print("warning: no CUDA device here, --gpu is ignored and the CPU used", file=sys.stderr)
+        return torch.device("cpu")
+    if len(ids) < world.local_size:
+        raise RunError(
+            f"--gpu {gpu}: {world.local_size} processes of this machine would share {len(ids)} of its GPUs; name one "
+            "for each, or leave --gpu out"
+        )
+    return numbered_gpu(ids[world.local_rank], f"--gpu {gpu}")
 
 
 class Meter:
@@ -105,6 +99,10 @@ class Meter:
     def __init__(self, config, device):
         self.ks = top_ks(config)
         self.sums = torch.zeros(2 + len(self.ks) + 1, dtype=torch.float64, device=device)
+
+    def start(self):
+        """Begin anew, in the same tensor: a recorded step goes on writing there."""
+        self.sums.zero_()
 
     def add(self, loss, output, targets):
         """loss: mean cross entropy of the batch."""
@@ -161,45 +159,72 @@ class Progress:
             print(f" {self.label:5} {self.step}/{self.total} | {seconds:.1f}s | {self.meter.text()}", flush=True)
 
 
-def train_one_epoch(model, batches, optimizer, statistics, *, epoch, world, epsilon, decay, amp_dtype=None,
-                    scaler=None) -> dict:  # fmt: skip
-    """One epoch of steps; returns Meter.result() over all ranks.
+class TrainingStep:
+    """What happens to a batch: forward, loss, backward, update, averages, count. Nothing here waits for the device.
 
-    decay: function of the 0-based global step -> weight decay of the first parameter group. Each step's loss is the
-    mean over this rank's batch, as in each tower of the original. Raises RunError once a step's loss is seen not to be
-    finite (one step later on a GPU, which is not waited for).
+    Each step's loss is the mean over this rank's batch, as in each tower of the original. decay: function of the
+    0-based global step -> weight decay of the first parameter group. The tensors stay where they are from epoch to
+    epoch, so that a recorded step can be replayed.
     """
-    model.train()
-    device = batches.device
-    meter = Meter(statistics.config, device)
-    progress = Progress("train", len(batches), meter, world.is_main)
-    first_step, unchecked = (epoch - 1) * len(batches), None
-    for step, (images, targets) in enumerate(batches):
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            output = model(images)
+
+    def __init__(self, model, optimizer, statistics, device, *, world, decay, amp_dtype=None, scaler=None):
+        self.model, self.optimizer, self.statistics, self.device = model, optimizer, statistics, torch.device(device)
+        self.world, self.decay, self.amp_dtype, self.scaler = world, decay, amp_dtype, scaler
+        self.meter, self.losses = Meter(statistics.config, device), LossLog(device)
+        self.number, self.epsilon = 0, 0.0
+
+    def start(self, first_step: int, steps: int, epsilon: float):
+        """An epoch of so many steps begins; first_step: their first's global number, from 0. epsilon: the threshold."""
+        self.model.train()
+        self.meter.start()
+        self.losses.start(steps)
+        self.statistics.start(first_step)
+        self.number, self.epsilon = first_step, epsilon
+
+    def next(self):
+        """Set the weight decay of the step that comes."""
+        self.optimizer.param_groups[0]["weight_decay"] = self.decay(self.number)
+        self.number += 1
+
+    def rates(self) -> tuple:
+        """What the host decides before a step, and a recording of it fixes."""
+        return *((group["lr"], group["weight_decay"]) for group in self.optimizer.param_groups), self.epsilon
+
+    def __call__(self, images, targets, batch_size):
+        """batch_size: images of this step over all processes; not needed here."""
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            output = self.model(images)
         loss = F.cross_entropy(output.logits.float(), targets)
         cost = loss
         if output.side_logits is not None:
             cost = loss + SIDE_WEIGHT * F.cross_entropy(output.side_logits.float(), targets)
-        optimizer.param_groups[0]["weight_decay"] = decay(first_step + step)
-        _step(cost, optimizer, scaler)
-        statistics.update(first_step + step, output, epsilon, loss, targets)
-        meter.add(loss, output, targets)
-        if device.type == "cpu":
-            _require_finite(cost, epoch, step)
-        elif unchecked is not None:
-            _require_finite(unchecked, epoch, step - 1)
-        unchecked = cost.detach()
+        _update(cost, self.optimizer, self.scaler)
+        self.statistics.update(output, self.epsilon, loss, targets)
+        self.meter.add(loss, output, targets)
+        self.losses.add(cost)
+
+
+def train_one_epoch(step: TrainingStep, batches, *, epoch, epsilon, graph=None) -> dict:
+    """One epoch of steps; returns Meter.result() over all ranks. epoch: from 1.
+
+    graph: replays the step as a CUDA graph. Raises RunError once a step's loss is seen not to be finite, up to 100
+    steps later on a GPU, which is not waited for.
+    """
+    step.start((epoch - 1) * len(batches), len(batches), epsilon)
+    progress = Progress("train", len(batches), step.meter, step.world.is_main)
+    for done, _ in enumerate(run_steps(step, batches, graph=graph, kind=step.rates, loaded=step.next), start=1):
+        if (bad := step.losses.first_bad(done)) is not None:
+            advice = "try smaller rates with --lr_schedule"
+            raise RunError(f"the loss is {bad[1]} at epoch {epoch}, batch {bad[0]}; {advice}")
         progress.advance()
-    _require_finite(unchecked, epoch, len(batches) - 1)
-    if world.size > 1:  # as in the original: the statistics are those of the first tower
-        dist.broadcast(statistics.values, 0)
-    meter.reduce()
+    if step.world.size > 1:  # as in the original: the statistics are those of the first tower
+        dist.broadcast(step.statistics.values, 0)
+    step.meter.reduce()
     progress.finish()
-    return meter.result()
+    return step.meter.result()
 
 
-def _step(cost, optimizer, scaler):
+def _update(cost, optimizer, scaler):
     optimizer.zero_grad(set_to_none=True)
     if scaler is None:
         cost.backward()
@@ -210,12 +235,7 @@ def _step(cost, optimizer, scaler):
         scaler.update()
 
 
-def _require_finite(loss, epoch, step):
-    value = loss.item()
-    if value != value or value in (float("inf"), float("-inf")):
-        raise RunError(f"the loss is {value} at epoch {epoch}, batch {step}; try smaller rates with --lr_schedule")
-
-
+@gpu_errors_explained(TEST_BATCH_SIZE)
 @torch.no_grad()
 def evaluate(model, batches, *, world=World(), shown=True) -> dict:
     """Meter.result() over the whole test set, each image once, in float32 whatever --amp says.

@@ -6,8 +6,7 @@ import math
 import shlex
 from pathlib import Path
 
-import torch
-
+from epsilon_resnet.run import fp16_refusal
 from epsilon_resnet.schedules import parse_schedule
 
 PUBLISHED = Path(__file__).with_name("published.csv")
@@ -65,6 +64,7 @@ def add_training_flags(group, epochs: str, batch_size: str, gated: bool = True):
     group.add_argument("--weight_decay", type=float, metavar="W", help="default: the paper's")
     group.add_argument("--amp", default="off", choices=("off", "bf16", "fp16"), help="default: %(default)s")
     group.add_argument("--compile", action="store_true", help="torch.compile the network")
+    group.add_argument("--cuda-graph", action="store_true", help="record a training step once, replay it: one GPU")
     group.add_argument("--channels-last", action="store_true", help="store activations as NHWC")
     group.add_argument("--seed", type=int, help="same seed, same bits on the CPU (default: a new one, logged)")
     group.add_argument("--deterministic", action="store_true", help="same bits on a GPU too, slower")
@@ -127,8 +127,8 @@ def check(parser: argparse.ArgumentParser, args):
                 parse_schedule(text)
             except ValueError as error:
                 parser.error(f"--{name}: {error}")
-    if args.amp == "fp16" and (args.device == "cpu" or not torch.cuda.is_available()):
-        parser.error("--amp fp16 needs a GPU; use --amp bf16 on the CPU")
+    if args.amp == "fp16" and (refusal := fp16_refusal(args.device)):
+        parser.error(refusal)
 
 
 def published_command(script: str, parser: argparse.ArgumentParser, args, names: tuple[str, ...]) -> str | None:

@@ -20,6 +20,7 @@ from epsilon_resnet import engine, flags, imagenet_inputs, inputs
 from epsilon_resnet.checkpoints import read_network
 from epsilon_resnet.launch import exit_status, run_training
 from epsilon_resnet.models import IMAGENET_BLOCKS
+from epsilon_resnet.run import gpu_errors_explained
 from epsilon_resnet.runs import RunError, command_line
 from epsilon_resnet.training import RECIPES
 
@@ -76,6 +77,7 @@ def parse_args(argv=None, script: str = __file__, parser=None):
     return args
 
 
+@gpu_errors_explained(inputs.TEST_BATCH_SIZE)
 def print_errors(args, model) -> list[float]:
     """Test a network on val; prints the two lines of the original and returns [top-1, top-5] as fractions."""
     world, device = engine.join_world(args.gpu, args.device)

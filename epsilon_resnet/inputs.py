@@ -3,6 +3,7 @@
 Every training loader here gives `steps` full batches per epoch; an incomplete last batch is dropped.
 """
 
+import functools
 import itertools
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.data import DataError, ImageSet, TensorLoader, load_dataset, load_digits_set
-from common.data.sharding import ShardedLoader, seeded_generator
+from common.data.sharding import ShardedLoader, StagedDraws, seeded_generator
 
 DIVISOR = 128.0
 TEST_BATCH_SIZE = 128  # gates look at whole batches, so this belongs to the result
@@ -67,6 +68,11 @@ class EpochBatches:
     def __len__(self) -> int:
         return self.steps
 
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Images of each step, over all processes: always the same."""
+        return [self.num_images // self.steps] * self.steps
+
     def set_epoch(self, epoch: int) -> None:
         """The epoch that the next iteration gives; order and distortions depend on (seed, epoch) only."""
         self.epoch = epoch
@@ -76,6 +82,26 @@ class EpochBatches:
             self.loader.set_epoch(self.epoch * self.passes + index)
             for images, targets in itertools.islice(self.loader, min(self.full, self.steps - index * self.full)):
                 yield (images if self.divisor == 1 else images.div_(self.divisor)), targets
+
+
+class MemoryBatches(EpochBatches):
+    """EpochBatches of a loader in memory, whose batches a CUDA graph can take: see TensorLoader.stage and take."""
+
+    def stage(self) -> None:
+        """Put order and distortions of the epoch's passes on the device."""
+        first = self.epoch * self.passes
+        self.loader.stage(range(first, first + self.passes), self.full * self.batch_sizes[0])
+
+    def take(self, count: int):
+        """The next `count` images that were staged, and their targets."""
+        images, targets = self.loader.take(count)
+        return (images if self.divisor == 1 else images.div_(self.divisor)), targets
+
+
+def epoch_batches(loader, batch_size: int, steps: int, divisor: float = 1.0) -> EpochBatches:
+    """EpochBatches, or MemoryBatches where the images are in memory. Raises DataError as they do."""
+    kind = MemoryBatches if hasattr(loader, "take") else EpochBatches
+    return kind(loader, batch_size, steps, divisor)
 
 
 class TestBatches:
@@ -122,16 +148,41 @@ class SvhnLoader(ShardedLoader):
         self.images, self.targets = images.images.to(self.device), images.targets.to(self.device)
         self.mean = pixel_mean.to(self.device)
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self._staged = None
 
     def __iter__(self):
-        generator = seeded_generator(self.seed, self.epoch)
+        draws = [draw.to(self.device) for draw in self._draw(self.epoch)]
+        for start, stop in self.shards:
+            yield self._batch([draw[start:stop] for draw in draws])
+
+    def stage(self, epochs, count: int) -> None:
+        """Put order and distortions of epochs, the first `count` images of each, on the device; one process only."""
+        self._staged = self._staged or StagedDraws(self.device)
+        parts = zip(*(self._draw(epoch) for epoch in epochs), strict=True)
+        self._staged.fill([torch.cat([draw[:count] for draw in part]) for part in parts])
+
+    def take(self, count: int):
+        """The next `count` images that were staged, and their targets; may be captured in a CUDA graph."""
+        return self._batch(self._staged.take(count))
+
+    def _draw(self, epoch):
+        """Order, and of each place in it ten uniform numbers and the crop's corner."""
+        generator = seeded_generator(self.seed, epoch)
         order = torch.randperm(self.num_images, generator=generator)
         uniform = torch.rand(self.num_images, 2 + 2 * len(ANCHORS), generator=generator)
-        corners = torch.randint(2 * PAD, (self.num_images, 2), generator=generator)
-        for start, stop in self.shards:
-            indices, draws, corner = (values[start:stop].to(self.device) for values in (order, uniform, corners))
-            batch = distort(self.images.index_select(0, indices), draws, corner) - self.mean
-            yield batch.contiguous(memory_format=self.layout), self.targets.index_select(0, indices)
+        return order, uniform, torch.randint(2 * PAD, (self.num_images, 2), generator=generator)
+
+    def _batch(self, draws):
+        indices, uniform, corner = draws
+        batch = distort(self.images.index_select(0, indices), uniform, corner) - self.mean
+        return batch.contiguous(memory_format=self.layout), self.targets.index_select(0, indices)
+
+
+@functools.lru_cache(maxsize=8)
+def _constants(canvas_size, device):
+    """(anchors, size of the canvas) on the device: copying them at every batch would wait for it."""
+    whole = torch.tensor(canvas_size, device=device, dtype=torch.float32)
+    return torch.tensor(ANCHORS, device=device), whole
 
 
 def distort(images: Tensor, draws: Tensor, corner: Tensor) -> Tensor:
@@ -147,7 +198,7 @@ def distort(images: Tensor, draws: Tensor, corner: Tensor) -> Tensor:
     canvas = ((canvas - mean) * factor + mean).clamp_(0, 255)
     offsets = (2 * draws[:, 2:].view(-1, len(ANCHORS), 2) - 1) * ANCHOR_RANGE
     positions = _positions(canvas.shape[2:], offsets, corner, images.shape[2:])
-    size = torch.tensor(canvas.shape[2:], device=canvas.device, dtype=torch.float32)
+    size = _constants(tuple(canvas.shape[2:]), canvas.device)[1]
     grid = (2 * positions / (size - 1) - 1).flip(3)  # grid_sample wants (x, y) in [-1, 1]
     return F.grid_sample(canvas, grid, mode="bilinear", padding_mode="border", align_corners=True)
 
@@ -155,8 +206,7 @@ def distort(images: Tensor, draws: Tensor, corner: Tensor) -> Tensor:
 def _positions(canvas_size, offsets, corner, size):
     """Where each output pixel is read from the canvas: (B, H, W, 2) as (y, x), only for the pixels of the crop."""
     device = offsets.device
-    anchors = torch.tensor(ANCHORS, device=device)
-    whole = torch.tensor(canvas_size, device=device, dtype=torch.float32)
+    anchors, whole = _constants(tuple(canvas_size), device)
     axes = [corner[:, axis, None] + torch.arange(size[axis], device=device) for axis in (0, 1)]
     # (B, anchors, H) and (B, anchors, W): the Gaussian is the product of one factor per axis
     rows, columns = (

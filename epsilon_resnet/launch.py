@@ -8,8 +8,9 @@ import torch
 from epsilon_resnet import engine, inputs
 from epsilon_resnet.count import count_macs, count_parameters
 from epsilon_resnet.models import Config
+from epsilon_resnet.run import gpu_errors_explained
 from epsilon_resnet.runs import Run, RunError, describe_run, read_metrics
-from epsilon_resnet.training import Data, Training, changed_flags, is_inside, shared_seed, train
+from epsilon_resnet.training import Data, Training, batch_size_of, changed_flags, is_inside, shared_seed, train
 
 
 def log_directory(args) -> str:
@@ -48,6 +49,11 @@ def run_training(args, script: str, argv, reproduces: str | None, config: Config
     count = engine.needs_processes(args.gpu, args.device)
     if count:
         return engine.start_processes(count, script, argv)
+    with gpu_errors_explained(batch_size_of(args), "--batch_size"):
+        return _run_training(args, reproduces, config, weights)
+
+
+def _run_training(args, reproduces, config, weights):
     world, device = engine.join_world(args.gpu, args.device)
     say = print if world.is_main else (lambda *text, **options: None)
     directory = log_directory(args)
@@ -99,7 +105,8 @@ def _train(args, training, run, reproduces, say):
     )
     try:
         run.start_log({**header, "seed": training.seed}, training.resumed)
-        result = train(training, run)
+        with gpu_errors_explained(batch_size_of(args), "--batch_size"):
+            result = train(training, run)
         run.log_result(result)
     except RunError as error:
         latest = run.latest()

@@ -18,15 +18,13 @@ from pathlib import Path
 import torch
 
 from common.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
+from epsilon_resnet.events import open_events
 from epsilon_resnet.logfile import close_log, open_log
+from epsilon_resnet.run import RunError
 
 RECENT = 10
 SECONDS_BETWEEN_KEPT = 1800.0
 MODEL_FILE = re.compile(r"model-(\d+)\.pth")
-
-
-class RunError(Exception):
-    """A user's mistake or a run that cannot go on; the text is one line: what is wrong and what to do."""
 
 
 def _commit() -> str | None:
@@ -114,8 +112,6 @@ class Run:
         """
         if not self.is_writer:
             return
-        from tensorboardX import SummaryWriter
-
         lines, self.statistics = [{"type": "run", **header}], []
         if resumed is not None:
             epoch = resumed["epoch"]
@@ -125,7 +121,7 @@ class Run:
             self._go_back_to(epoch, resumed["step"])
         self._replace(self.metrics_path, "".join(json.dumps(line) + "\n" for line in lines))
         self._metrics = open(self.metrics_path, "a")
-        self._events = SummaryWriter(str(self.directory), purge_step=None if resumed is None else resumed["epoch"] + 1)
+        self._events = open_events(self.directory, purge_step=None if resumed is None else resumed["epoch"] + 1)
         self._log = open_log(self.log_path)
         self.message("Argv: %s", header["command"].removeprefix("python "))
 

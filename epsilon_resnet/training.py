@@ -12,6 +12,7 @@ from torch import nn
 from common.data import DataError
 from epsilon_resnet import engine, imagenet_inputs, inputs, schedules
 from epsilon_resnet.averages import Statistics, block_averages, side_name
+from epsilon_resnet.capture import StepGraph, why_not
 from epsilon_resnet.checkpoints import read_network
 from epsilon_resnet.models import NUM_CLASSES, Config, build_model, config_from_dict
 from epsilon_resnet.runs import Run, RunError, load_state
@@ -88,6 +89,12 @@ def build_optimizer(net: nn.Module, rate: float, recipe: Recipe) -> torch.optim.
     return torch.optim.SGD(groups, lr=rate, momentum=MOMENTUM, nesterov=recipe.nesterov)
 
 
+def batch_size_of(args) -> int:
+    """Images of a training step, as the flags say: of one process, or of all on ImageNet."""
+    usual = RECIPES[family(args.dataset)].batch_size
+    return args.batch_size or (imagenet_inputs.FAKE_BATCH_SIZE if getattr(args, "fake", False) else usual)
+
+
 class Data:
     """Training and test batches of a run, as its flags say. classes: outputs of the network."""
 
@@ -104,7 +111,7 @@ class Data:
         steps = args.steps_per_epoch or loader.num_images // base
         if self.recipe.most_steps and not args.steps_per_epoch:
             steps = min(steps, self.recipe.most_steps)
-        self.train = inputs.EpochBatches(loader, self.batch_size, max(steps, 1), divisor)
+        self.train = inputs.epoch_batches(loader, self.batch_size, max(steps, 1), divisor)
 
     def _in_memory(self, seed, options):
         args, ranks = self.args, {"rank": self.world.rank, "world_size": self.world.size}
@@ -168,6 +175,9 @@ class Training:
             self.learning_rate.after_loss = None
         self.amp_dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
         self.scaler = torch.amp.GradScaler(device.type) if args.amp == "fp16" else None
+        if args.cuda_graph and (why := why_not(device, processes=world.size, amp=args.amp, compiled=args.compile)):
+            raise RunError(f"--cuda-graph {why}")
+        self.graph = StepGraph(device) if args.cuda_graph else None
         self.epoch, self.seconds, self.best = 0, 0.0, {"top1": -1.0, "epoch": None}
         self.val_error: list[float] = []
         self.resumed = None
@@ -212,7 +222,21 @@ class Training:
             ids = [self.device] if self.device.type == "cuda" else None
             self.model = nn.parallel.DistributedDataParallel(self.model, ids)
         if self.args.compile:
-            self.model = torch.compile(self.model)
+            # Else the last, shorter batch makes all later ones run a slower graph that fits any size.
+            self.model = torch.compile(self.model, dynamic=False)
+        self.steps = self._training_step()
+
+    def _training_step(self) -> engine.TrainingStep:
+        args = self.args
+        decay = partial(
+            schedules.weight_decay,
+            initial=self.recipe.weight_decay if args.weight_decay is None else args.weight_decay,
+            every=self.recipe.decay_every,
+        )
+        return engine.TrainingStep(
+            self.model, self.optimizer, self.statistics, self.device, world=self.world, decay=decay,
+            amp_dtype=self.amp_dtype, scaler=self.scaler,
+        )  # fmt: skip
 
     def _restore(self, state):
         self.optimizer.load_state_dict(state["optimizer"])
@@ -304,15 +328,9 @@ def _one_epoch(training, run):
     for group in training.optimizer.param_groups:
         group["lr"] = rate
     training.data.train.set_epoch(epoch - 1)
-    decay = partial(
-        schedules.weight_decay,
-        initial=training.recipe.weight_decay if args.weight_decay is None else args.weight_decay,
-        every=training.recipe.decay_every,
-    )
     result = engine.train_one_epoch(
-        training.model, training.data.train, training.optimizer, training.statistics, epoch=epoch, world=world,
-        epsilon=training.net.epsilon, decay=decay, amp_dtype=training.amp_dtype, scaler=training.scaler,
-    )  # fmt: skip
+        training.steps, training.data.train, epoch=epoch, epsilon=training.net.epsilon, graph=training.graph
+    )
     train_seconds = time.monotonic() - start
     training.epoch = epoch
     run.message("Epoch %d (global_step %d) finished, time:%.2f sec.", epoch, training.step, train_seconds)

@@ -15,22 +15,10 @@ from torch import nn
 
 from common.checkpoints import CheckpointError
 from common.data import DataError
-from s3.runs import RunError
+from s3.capture import LossLog, run_steps
+from s3.run import RunError, World, choose_device, join_processes, world_of_environment
 
 FORMATS = {"Time": "6.3f", "Data": "6.3f", "Loss": ".4e", "Acc@1": "6.2f", "Acc@5": "6.2f"}
-
-
-@dataclass(frozen=True)
-class World:
-    """Place of this process among those of the run."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
 
 def join_world(args) -> tuple[World, torch.device]:
@@ -38,38 +26,29 @@ def join_world(args) -> tuple[World, torch.device]:
 
     Raises RunError if the device is not there, or the flags of a distributed run do not fit.
     """
-    _environment_of_flags(args)
-    world = World(*(int(os.environ.get(name, at)) for name, at in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+    world = world_of_environment(_environment_of_flags(args))
     device = _device(args, world)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world.size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    join_processes(world, device)
     return world, device
 
 
 def _device(args, world):
-    name = args.device if getattr(args, "gpu", None) is None else f"cuda:{args.gpu}"
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and world.size > 1:
-        name = f"cuda:{world.local_rank}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise RunError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise RunError(f"--device {name}: only cpu and cuda are supported")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RunError(f"{name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
-    return device
+    gpu = getattr(args, "gpu", None)  # the scripts of one GPU have no such flag
+    if gpu is not None:
+        if args.device not in ("auto", "cuda", f"cuda:{gpu}"):
+            raise RunError(f"--gpu {gpu} and --device {args.device} are two devices; leave one of both out")
+        return choose_device(f"cuda:{gpu}", world, f"--gpu {gpu}")
+    return choose_device(args.device, world)
 
 
 def _environment_of_flags(args):
-    """--world-size, --rank and --dist-url as the environment that torchrun would have set (env:// wants it set)."""
+    """--world-size, --rank and --dist-url as the environment that torchrun would have set (env:// wants it set).
+
+    Returns how many processes this machine then has, None where the flags say nothing of it.
+    """
     nodes = getattr(args, "world_size", -1)
     if nodes < 2 or "RANK" in os.environ:
-        return
+        return None
     if not 0 <= args.rank < nodes:
         raise RunError(f"--world-size {nodes} needs --rank 0 to {nodes - 1}, not {args.rank}")
     place = {"RANK": str(args.rank), "WORLD_SIZE": str(nodes), "LOCAL_RANK": "0"}
@@ -80,6 +59,7 @@ def _environment_of_flags(args):
             "--dist-url env:// needs MASTER_ADDR and MASTER_PORT in the environment, or give tcp://HOST:PORT"
         )
     os.environ.update(place)
+    return 1
 
 
 def _address(url):
@@ -90,9 +70,17 @@ def _address(url):
 
 
 def processes_to_start(args) -> int:
-    """How many processes --multiprocessing-distributed wants on this node; 0: this one goes on alone."""
+    """How many processes --multiprocessing-distributed wants on this node; 0: this one goes on alone.
+
+    Raises RunError if the flags name one GPU, which all of them would use.
+    """
     wanted = getattr(args, "multiprocessing_distributed", False) and "LOCAL_RANK" not in os.environ
-    return torch.cuda.device_count() if wanted and args.device != "cpu" and torch.cuda.device_count() > 1 else 0
+    if not wanted or args.device.startswith("cpu") or torch.cuda.device_count() < 2:
+        return 0
+    one = f"--gpu {args.gpu}" if args.gpu is not None else f"--device {args.device}"
+    if args.gpu is not None or args.device not in ("auto", "cuda"):
+        raise RunError(f"{one} names one GPU, --multiprocessing-distributed uses all of them; leave one of both out")
+    return torch.cuda.device_count()
 
 
 def start_processes(args, count: int) -> int:
@@ -112,7 +100,7 @@ def start_processes(args, count: int) -> int:
     children = []
     for local in range(count):
         place = {"RANK": str(node * count + local), "WORLD_SIZE": str(nodes * count), "LOCAL_RANK": str(local),
-                 "MASTER_ADDR": address[0], "MASTER_PORT": address[1]}  # fmt: skip
+                 "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": address[0], "MASTER_PORT": address[1]}  # fmt: skip
         command = [sys.executable, sys.argv[0], *args.command[1:]]
         children.append(subprocess.Popen(command, env={**os.environ, **place}))
     try:
@@ -128,6 +116,10 @@ class Meter:
     def __init__(self, device):
         # float32 sums of losses would drift over an epoch
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+
+    def start(self):
+        """Begin anew, in the same tensor: a recorded step goes on writing there."""
+        self.sums.zero_()
 
     def add(self, loss_sum, logits, targets):
         hits = logits.topk(min(5, logits.shape[1]), 1).indices == targets[:, None]
@@ -205,33 +197,53 @@ class StepOptions:
     regulariser: Callable[[], torch.Tensor] | None = None
 
 
-def train_one_epoch(model, loader, optimizer, lines, options: StepOptions, *, epoch, world) -> Result:
-    """One pass over the training set.
+class TrainingStep:
+    """What happens to a batch: forward, loss, backward, update, count. Nothing here waits for the device.
 
-    Each step's loss is the mean over the global batch, so that the number of ranks does not change the gradient.
-    Raises RunError once a loss is seen not to be finite (one step later on a GPU, which is not waited for).
+    Each step's loss is the mean over the global batch, so that the number of ranks does not change the gradient. The
+    tensors stay where they are from epoch to epoch, so that a recorded step can be replayed.
     """
-    model.train()
-    device, meter, start, unchecked = loader.device, Meter(loader.device), time.monotonic(), None
-    for step, ((images, targets), batch_size) in enumerate(zip(loader, loader.batch_sizes, strict=True)):
-        lines.loaded()
-        with torch.autocast(device.type, options.amp_dtype, enabled=options.amp_dtype is not None):
-            logits = logits_of(model(images))
+
+    def __init__(self, model, optimizer, device, options: StepOptions, *, world):
+        self.model, self.optimizer, self.device = model, optimizer, torch.device(device)
+        self.options, self.world = options, world
+        self.meter, self.losses = Meter(device), LossLog(device)
+
+    def rates(self) -> tuple:
+        """What the host decides before a step, and a recording of it fixes."""
+        return tuple(group["lr"] for group in self.optimizer.param_groups)
+
+    def __call__(self, images, targets, batch_size):
+        """batch_size: images of this step over all processes. Returns the summed loss, logits and targets."""
+        options = self.options
+        with torch.autocast(self.device.type, options.amp_dtype, enabled=options.amp_dtype is not None):
+            logits = logits_of(self.model(images))
         loss_sum = F.cross_entropy(logits.float(), targets, reduction="sum")
-        loss = loss_sum * (world.size / batch_size)  # DDP averages gradients over ranks
+        loss = loss_sum * (self.world.size / batch_size)  # DDP averages gradients over ranks
         if options.regulariser is not None:
             loss = loss + options.regulariser()
-        if device.type == "cpu":
-            _require_finite(loss, epoch, step)
-        elif unchecked is not None:
-            _require_finite(unchecked, epoch, step - 1)
-        _update(loss, optimizer, options.scaler)
-        unchecked = loss.detach()
-        meter.add(loss_sum, logits.detach(), targets)
-        lines.advance(step, loss_sum.detach(), logits.detach(), targets, meter)
-    _require_finite(unchecked, epoch, len(loader) - 1)
-    meter.reduce()
-    return Result(*meter.result(), time.monotonic() - start)
+        _update(loss, self.optimizer, options.scaler)
+        self.losses.add(loss)
+        self.meter.add(loss_sum, logits.detach(), targets)
+        return loss_sum.detach(), logits.detach(), targets
+
+
+def train_one_epoch(step: TrainingStep, loader, lines, *, epoch, graph=None) -> Result:
+    """One pass over the training set.
+
+    graph: replays the step as a CUDA graph. Raises RunError once a loss is seen not to be finite, up to 100 steps later
+    on a GPU, which is not waited for.
+    """
+    start = time.monotonic()
+    step.model.train()
+    step.meter.start()
+    step.losses.start(len(loader))
+    for number, found in enumerate(run_steps(step, loader, graph=graph, kind=step.rates, loaded=lines.loaded)):
+        if (bad := step.losses.first_bad(number + 1)) is not None:
+            raise RunError(f"the loss is {bad[1]} at epoch {epoch}, batch {bad[0]}; try a smaller --lr")
+        lines.advance(number, *found, step.meter)
+    step.meter.reduce()
+    return Result(*step.meter.result(), time.monotonic() - start)
 
 
 def _update(loss, optimizer, scaler):
@@ -250,29 +262,30 @@ def logits_of(output):
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
-def _require_finite(loss, epoch, step):
-    value = loss.item()
-    if value != value or value in (float("inf"), float("-inf")):
-        raise RunError(f"the loss is {value} at epoch {epoch}, batch {step}; try a smaller --lr")
-
-
 @torch.no_grad()
-def evaluate(model: nn.Module, loader, lines=None, *, world=World(), compare: Callable | None = None) -> Result:
+def evaluate(
+    model: nn.Module, loader, lines=None, *, world=World(), compare: Callable | None = None, graph=None
+) -> Result:
     """Loss and accuracies over the whole test set, each image once, in float32 whatever --amp says.
 
-    compare: called with (images, logits) of every batch.
+    compare: called with (images, logits) of every batch. graph: replays the step of a batch as a CUDA graph.
     """
     model.eval()
     if world.size > 1:  # running statistics differ between ranks; rank 0's are the ones that are saved
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     meter, start = Meter(loader.device), time.monotonic()
-    for step, (images, targets) in enumerate(loader):
-        if lines is not None:
-            lines.loaded()
+
+    def test(images, targets, _):
         logits = logits_of(model(images))
         loss_sum = F.cross_entropy(logits, targets, reduction="sum")
         meter.add(loss_sum, logits, targets)
+        return images, logits, loss_sum, targets
+
+    if graph is not None:
+        graph.forget()
+    loaded = (lambda: None) if lines is None else lines.loaded
+    for step, (images, logits, loss_sum, targets) in enumerate(run_steps(test, loader, graph=graph, loaded=loaded)):
         if lines is not None:
             lines.advance(step, loss_sum, logits, targets, meter)
         if compare is not None:

@@ -2,8 +2,7 @@
 
 import math
 
-import torch
-
+from s3.run import fp16_refusal
 from s3.runs import command_line
 
 DIST_URL = "tcp://224.66.41.62:23456"
@@ -53,6 +52,7 @@ def add_added_flags(parser):
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     add("--amp", default="off", choices=("off", "bf16", "fp16"), help="mixed precision (default: %(default)s)")
     add("--compile", action="store_true", help="torch.compile the network")
+    add("--cuda-graph", action="store_true", help="record a training step once, replay it: one GPU")
     add("--channels-last", action="store_true", help="store activations as NHWC")
     add("--deterministic", action="store_true", help="same bits on a GPU too, slower")
     add("--output-dir", default=".", metavar="DIR", help="where checkpoints and logs go (default: %(default)s)")
@@ -91,6 +91,6 @@ def finish(parser, args, argv):
             parser.error(f"--{name} must be a number of at least 0 (--lr: above 0), not {value}")
     if args.use_kernel and not args.evaluate:
         parser.error("--use-kernel: the packed kernels are for inference, not for training; add -e")
-    if args.amp == "fp16" and (args.device == "cpu" or not torch.cuda.is_available()):
-        parser.error("--amp fp16 needs a GPU; use --amp bf16 on the CPU")
+    if args.amp == "fp16" and (refusal := fp16_refusal(args.device)):
+        parser.error(refusal)
     return args

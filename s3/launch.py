@@ -9,12 +9,18 @@ from s3 import engine
 from s3.count import count_macs, count_parameters
 from s3.inputs import SIZE, make_loaders
 from s3.packed import pack_layers, put_back, use_kernels
+from s3.run import gpu_errors_explained
 from s3.runs import Run, RunError, describe_run, read_metrics
 from s3.training import Task, Training, changed_flags, shared_seed, train
 
 
 def run_task(task: Task, args) -> int:
     """What the scripts' `main` does after the flags are parsed; returns the exit status."""
+    with gpu_errors_explained(args.batch_size, "--batch-size"):
+        return _run_task(task, args)
+
+
+def _run_task(task, args):
     count = engine.processes_to_start(args)
     if count:
         return engine.start_processes(args, count)
@@ -140,7 +146,8 @@ def _train(training, run, loaders, resumed) -> int:
     header = {**describe_run(args, config, training.device, counts, reproduces), "seed": training.seed}
     try:
         run.start_log(header, training.first_epoch if resumed else None)
-        result = train(training, run, loaders)
+        with gpu_errors_explained(args.batch_size, "--batch-size"):
+            result = train(training, run, loaders)
         run.log_result(result)
     except (RunError, OSError) as error:  # OSError: a full disk under the events
         kept = f"; the last good checkpoint is {run.checkpoint_path}" if run.checkpoint_path.exists() else ""

@@ -5,20 +5,13 @@ With T shift latents, outermost first, the exponent e is the number of leading o
 S_0 = 0, S_t = h_t (S_{t-1} + 1), e = S_T from the innermost on. The gradient of s and h is straight through, unclipped.
 """
 
-import functools
-import logging
-import math
-
-import numpy as np
 import torch
 from torch import Tensor
 
-from common.data.threads import run_chunks
+from s3 import passes_cpu, passes_cuda
+from s3.passes_cpu import LN2
 
-LN2 = math.log(2)
 S3_BITS = (2, 3, 4)
-ELEMENTS_PER_THREAD = 1 << 16
-_log = logging.getLogger(__name__)
 
 
 def s3_shift_count(bits: int) -> int:
@@ -92,47 +85,69 @@ def _signs(sign):
 
 
 class _S3Weight(torch.autograd.Function):
-    """One pass over the latents per direction, on the CPU where numba is there; nothing is kept but the latents."""
-
     @staticmethod
-    def forward(ctx, sign, val, *shifts):
-        ctx.save_for_backward(sign, val, *shifts)
-        if len(shifts) == 2 and (found := _on_cuda("s3_weight", sign, val, *shifts)) is not None:
-            return found
-        kernels = _kernels_for(sign, val, *shifts)
-        if kernels is not None:
-            return _run(kernels[0], (sign, val, *shifts), 1)[0]
-        # A product, as in the original: zeros keep their sign.
-        return _signs(sign) * (val > 0) * _powers(shifts, sign)
+    def forward(ctx, *latents):
+        return _weight(ctx, "s3", _s3_weight, latents)
 
     @staticmethod
     def backward(ctx, grad):
-        sign, val, *shifts = ctx.saved_tensors
-        if len(shifts) == 2 and (found := _on_cuda("s3_gradients", grad, sign, val, *shifts)) is not None:
-            return found
-        kernels = _kernels_for(sign, val, *shifts)
-        if kernels is not None and grad.dtype == torch.float32:
-            return _run(kernels[1], (_laid_out_like(grad, sign), sign, val, *shifts), 4)
-        scaled = grad * _powers(shifts, sign)
-        grad_sign, grad_val = scaled * (val > 0), scaled * _signs(sign)
-        base = grad_val * (val > 0) * LN2
-        slopes = _slopes(shifts, _exponents(shifts, sign))
-        return grad_sign, grad_val, *(base * slope for slope in slopes)
+        return _gradients(ctx, "s3", _s3_gradients, grad)
 
 
 class _DenseShiftWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, sign, *shifts):
-        ctx.save_for_backward(sign, *shifts)
-        return _signs(sign) * _powers(shifts, sign)
+    def forward(ctx, *latents):
+        return _weight(ctx, "denseshift", _denseshift_weight, latents)
 
     @staticmethod
     def backward(ctx, grad):
-        sign, *shifts = ctx.saved_tensors
-        exponents = _exponents(shifts, sign)
-        root = (exponents[-1] + 1).sqrt()
-        base = grad * _signs(sign) / (2 * root)
-        return grad * root, *(base * slope for slope in _slopes(shifts, exponents))
+        return _gradients(ctx, "denseshift", _denseshift_gradients, grad)
+
+
+def _weight(ctx, method, operations, latents):
+    """One pass over the latents, where a kernel fits: on the CPU nothing is kept but them, on CUDA their code."""
+    ctx.count = len(latents)
+    found = passes_cuda.weight_and_code(method, *latents)
+    if found is not None:
+        ctx.save_for_backward(found[1])
+        return found[0]
+    ctx.save_for_backward(*latents)
+    found = passes_cpu.weights(method, *latents)
+    return operations(*latents) if found is None else found
+
+
+def _gradients(ctx, method, operations, grad):
+    if len(ctx.saved_tensors) == 1:  # no weight has fewer than two latents: this is their code
+        found = passes_cuda.gradients(method, ctx.count, ctx.saved_tensors[0], grad)
+        latents = passes_cuda.decoded(ctx.saved_tensors[0], ctx.count) if found is None else ()
+    else:
+        latents = ctx.saved_tensors
+        found = passes_cpu.gradients(method, grad, *latents)
+    return operations(grad, *latents) if found is None else found
+
+
+def _s3_weight(sign, val, *shifts):
+    # A product, as in the original: zeros keep their sign.
+    return _signs(sign) * (val > 0) * _powers(shifts, sign)
+
+
+def _s3_gradients(grad, sign, val, *shifts):
+    scaled = grad * _powers(shifts, sign)
+    grad_sign, grad_val = scaled * (val > 0), scaled * _signs(sign)
+    base = grad_val * (val > 0) * LN2
+    slopes = _slopes(shifts, _exponents(shifts, sign))
+    return grad_sign, grad_val, *(base * slope for slope in slopes)
+
+
+def _denseshift_weight(sign, *shifts):
+    return _signs(sign) * _powers(shifts, sign)
+
+
+def _denseshift_gradients(grad, sign, *shifts):
+    exponents = _exponents(shifts, sign)
+    root = (exponents[-1] + 1).sqrt()
+    base = grad * _signs(sign) / (2 * root)
+    return grad * root, *(base * slope for slope in _slopes(shifts, exponents))
 
 
 class _NegativeSum(torch.autograd.Function):
@@ -145,128 +160,3 @@ class _NegativeSum(torch.autograd.Function):
     def backward(ctx, grad):
         # 0 above zero, -1 below, -1/2 at zero, where the original's elementwise maximum splits its gradient.
         return tuple((torch.sign(val) - 1).mul_(grad / 2) for val in ctx.saved_tensors)
-
-
-def _kernels_for(*latents):
-    """The compiled forward and backward pass of 3 bits for these tensors, None where PyTorch's operations do it."""
-    first = latents[0]
-    if len(latents) != 4 or first.device.type != "cpu" or torch.compiler.is_compiling() or not _is_dense(first):
-        return None
-    if any(x.dtype != torch.float32 or x.shape != first.shape or x.stride() != first.stride() for x in latents):
-        return None
-    return _compiled()
-
-
-def _is_dense(x):
-    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-
-
-def _laid_out_like(x, like):
-    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
-
-
-def _run(kernel, inputs, count):
-    """Run a pass over tensors of one layout in the order of storage; returns `count` new tensors."""
-    results = tuple(torch.empty_like(inputs[-1]) for _ in range(count))  # keeps the memory layout
-    flat = [torch.as_strided(x.detach(), (x.numel(),), (1,)).numpy() for x in (*inputs, *results)]
-    run_chunks(lambda start, stop: kernel(*flat, start, stop), inputs[0].numel(), ELEMENTS_PER_THREAD)
-    return results
-
-
-def _forward_pass(sign, val, shift, shift2, weight, start, stop):
-    for i in range(start, stop):
-        u, v, a, b = sign[i], val[i], shift[i], shift2[i]
-        inner = np.float32(4) if b > 0 else np.float32(2)
-        power = inner if a > 0 else np.float32(1)
-        size = power if v > 0 else np.float32(0)
-        weight[i] = size if u >= 0 else -size
-
-
-def _backward_pass(grad, sign, val, shift, shift2, grad_sign, grad_val, grad_shift, grad_shift2, start, stop):
-    ln2 = np.float32(LN2)
-    for i in range(start, stop):
-        g, u, v, a, b = grad[i], sign[i], val[i], shift[i], shift2[i]
-        inner = np.float32(4) if b > 0 else np.float32(2)
-        power = inner if a > 0 else np.float32(1)
-        scaled = g * power
-        signed = scaled if u >= 0 else -scaled
-        base = signed * ln2 if v > 0 else np.float32(0)
-        grad_sign[i] = scaled if v > 0 else np.float32(0)
-        grad_val[i] = signed
-        grad_shift[i] = base * (np.float32(2) if b > 0 else np.float32(1))
-        grad_shift2[i] = base if a > 0 else np.float32(0)
-
-
-@functools.cache
-def _compiled():
-    """Both passes for 3 bits compiled by numba, or None, said once, where it is not installed or switched off."""
-    try:
-        import numba
-
-        if numba.config.DISABLE_JIT:
-            raise ImportError("NUMBA_DISABLE_JIT is set")
-    except ImportError as error:
-        _log.warning("without numba (%s) the weights are built by PyTorch, which is slower", error)
-        return None
-    try:
-        return tuple(numba.njit(cache=True, nogil=True)(each) for each in (_forward_pass, _backward_pass))
-    except RuntimeError:  # no folder that numba may write its cache to
-        return tuple(numba.njit(nogil=True)(each) for each in (_forward_pass, _backward_pass))
-
-
-# Three bits, per element: (source, inputs, outputs).
-CUDA_KERNELS = {
-    "s3_weight": (
-        """
-template <typename T> void s3_weight(T sign, T val, T shift, T shift2, T& weight) {
-  T power = shift > T(0) ? shift2 > T(0) ? T(4) : T(2) : T(1);
-  T size = val > T(0) ? power : T(0);
-  weight = sign >= T(0) ? size : -size;
-}
-""",
-        4,
-        1,
-    ),
-    "s3_gradients": (
-        """
-template <typename T> void s3_gradients(
-    T grad, T sign, T val, T shift, T shift2, T& grad_sign, T& grad_val, T& grad_shift, T& grad_shift2) {
-  T power = shift > T(0) ? shift2 > T(0) ? T(4) : T(2) : T(1);
-  T scaled = grad * power;
-  grad_sign = val > T(0) ? scaled : T(0);
-  grad_val = sign >= T(0) ? scaled : -scaled;
-  T base = val > T(0) ? grad_val * T(0.6931471805599453) : T(0);
-  grad_shift = shift2 > T(0) ? base * T(2) : base;
-  grad_shift2 = shift > T(0) ? base : T(0);
-}
-""",
-        5,
-        4,
-    ),
-}
-
-
-@functools.cache
-def _cuda_kernel(name):
-    from torch.cuda import jiterator
-
-    source, _, outputs = CUDA_KERNELS[name]
-    return jiterator._create_multi_output_jit_fn(source, outputs)
-
-
-_refused = set()
-
-
-def _on_cuda(name, *tensors):
-    """Result, or results, of one pass of a CUDA kernel, which PyTorch compiles; None where plain operations do it."""
-    if not all(tensor.is_cuda and tensor.dtype == torch.float32 for tensor in tensors) or name in _refused:
-        return None
-    if torch.compiler.is_compiling():
-        return None
-    try:
-        with torch.no_grad():
-            return _cuda_kernel(name)(*(tensor.detach() for tensor in tensors))
-    except Exception as error:  # not a stable interface: whatever is wrong, PyTorch's own operations do it too
-        _refused.add(name)
-        _log.warning("%s takes several passes on this GPU: %s", name, str(error).splitlines()[0])
-        return None

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from s3 import engine
+from s3.capture import StepGraph, why_not
 from s3.checkpoints import Loaded, load_into, read_weights
 from s3.observe import WeightWatch
 from s3.runs import Run, RunError
@@ -87,6 +88,9 @@ class Training:
         scaler = torch.amp.GradScaler(device.type) if args.amp == "fp16" else None
         self.options = engine.StepOptions(amp, scaler, task.regulariser(args, self.net))
         self.optimizer = torch.optim.SGD(self.net.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+        if args.cuda_graph and (why := why_not(device, processes=world.size, amp=args.amp, compiled=args.compile)):
+            raise RunError(f"--cuda-graph {why}")
+        self.graph, self.test_graph = (StepGraph(device) if args.cuda_graph else None for _ in range(2))
 
     def resume(self, path: str, exact: bool):
         """Take over what a checkpoint holds: all of it if it is one of this repository, else what there is.
@@ -134,7 +138,12 @@ class Training:
         model = self.net
         if self.world.size > 1:
             model = nn.parallel.DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None)
-        return torch.compile(model) if self.args.compile else model
+        # Else the last, shorter batch makes all later ones run a slower graph that fits any size.
+        return torch.compile(model, dynamic=False) if self.args.compile else model
+
+    def new_step(self) -> engine.TrainingStep:
+        """What each batch goes through."""
+        return engine.TrainingStep(self.wrapped(), self.optimizer, self.device, self.options, world=self.world)
 
     def set_rate(self, epoch: int) -> float:
         rate = self.task.learning_rate(self.args, epoch)
@@ -165,9 +174,9 @@ class Training:
 
 def train(training: Training, run: Run, loaders) -> dict:
     """All remaining epochs. Returns the result: accuracy of the last epoch, and the best, chosen on the test set."""
-    args, model, watch = training.args, training.wrapped(), WeightWatch(training.net)
+    args, step, watch = training.args, training.new_step(), WeightWatch(training.net)
     for epoch in range(training.first_epoch, args.epochs):
-        finish_epoch(training, run, run_epoch(training, model, loaders, watch, epoch))
+        finish_epoch(training, run, run_epoch(training, step, loaders, watch, epoch))
     if training.last is None:
         raise RunError(f"--start-epoch or --resume begin at epoch {training.first_epoch} of {args.epochs}; "
                        "give more --epochs")  # fmt: skip
@@ -182,17 +191,15 @@ def train(training: Training, run: Run, loaders) -> dict:
     }
 
 
-def run_epoch(training: Training, model, loaders, watch: WeightWatch, epoch: int) -> dict:
+def run_epoch(training: Training, step, loaders, watch: WeightWatch, epoch: int) -> dict:
     """Train and test once; returns the epoch's line of metrics.jsonl. Raises RunError for a loss that is not finite."""
     world, every = training.world, training.args.print_freq
     start, rate, before = time.monotonic(), training.set_rate(epoch), watch.look()
     loaders.train.set_epoch(epoch)
     lines = engine.BatchLines(f"Epoch: [{epoch}]", len(loaders.train), every, world.is_main)
-    trained = engine.train_one_epoch(
-        model, loaders.train, training.optimizer, lines, training.options, epoch=epoch, world=world
-    )
+    trained = engine.train_one_epoch(step, loaders.train, lines, epoch=epoch, graph=training.graph)
     lines = engine.BatchLines("Test: ", len(loaders.test), every, world.is_main)
-    tested = engine.evaluate(training.net, loaders.test, lines, world=world)
+    tested = engine.evaluate(training.net, loaders.test, lines, world=world, graph=training.test_graph)
     training.say(engine.summary_line(tested.top1, tested.top5), flush=True)
     if math.isnan(tested.loss):
         raise RunError(f"the test loss is NaN after epoch {epoch}; try a smaller --lr")

@@ -3,7 +3,6 @@
 import os
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,9 +19,10 @@ from common.data import (
     load_digits_set,
     write_digits_folder,
 )
+from shared_bases.capture import LossLog, run_steps
 from shared_bases.models import NUM_CLASSES
 from shared_bases.regulariser import similarity_terms
-from shared_bases.runs import RunError
+from shared_bases.run import RunError, World, choose_device, join_processes, world_of_environment
 
 # As in the original: CIFAR-10 is normalised with ImageNet's constants.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -30,23 +30,16 @@ NORMALISATION = {"cifar10": IMAGENET, "cifar100": ((0.507, 0.487, 0.441), (0.267
 SECONDS_BETWEEN_LINES = 120.0
 
 
-@dataclass(frozen=True)
-class World:
-    """Place of this process among those that `torchrun` started."""
+def show_devices(visible_device: str, device: str = "auto"):
+    """Set CUDA_VISIBLE_DEVICES as --visible_device says, before anything asks PyTorch for a GPU.
 
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-
-def show_devices(visible_device: str):
-    """Set CUDA_VISIBLE_DEVICES as --visible_device says; its default "0" gives way to a value that is set already."""
-    if visible_device != "0" or not os.environ.get("CUDA_VISIBLE_DEVICES"):
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible_device
+    Its default "0" gives way to a value that is set already, and to a --device that is not auto or cuda: cuda:1 is the
+    second GPU of the machine, not of the one that would be visible.
+    """
+    by_default = visible_device == "0"
+    if by_default and ("CUDA_VISIBLE_DEVICES" in os.environ or device not in ("auto", "cuda")):
+        return
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible_device
 
 
 def join_world(device_flag: str) -> tuple[World, torch.device]:
@@ -54,29 +47,10 @@ def join_world(device_flag: str) -> tuple[World, torch.device]:
 
     Raises RunError if the device is not there.
     """
-    world = World(
-        *(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    )
-    name = device_flag
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and world.size > 1:
-        name = f"cuda:{world.local_rank}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise RunError(f"--device {device_flag}: not a device; use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise RunError(f"--device {device_flag}: only cpu and cuda are supported")
-    if device.type == "cuda":
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise RunError(
-                f"--device {name}: {torch.cuda.device_count()} CUDA devices are visible; give more of them with "
-                "--visible_device=0,1,… or use --device cpu"
-            )
-        torch.cuda.set_device(device)
-    if world.size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    world = world_of_environment()
+    advice = "show more of them with --visible_device=0,1,… or use --device cpu"
+    device = choose_device(device_flag, world, advice=advice)
+    join_processes(world, device)
     return world, device
 
 
@@ -132,6 +106,10 @@ class Meter:
         # float32 sums of losses would drift over an epoch
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
 
+    def start(self):
+        """Begin anew, in the same tensor: a recorded step goes on writing there."""
+        self.sums.zero_()
+
     def add(self, loss_sum, logits, targets):
         hits = logits.topk(min(5, logits.shape[1]), 1).indices == targets[:, None]
         seen = torch.full_like(loss_sum, targets.numel())
@@ -184,46 +162,65 @@ class Progress:
             self.bar.close()
 
 
-def train_one_epoch(model, net, loader, optimizer, *, similarity, weight, epoch, world, amp_dtype=None, scaler=None):
-    """One pass over the training set. Returns mean cross entropy, top-1 and top-5 in percent over all ranks.
+class TrainingStep:
+    """What happens to a batch: forward, loss, backward, update, count. Nothing here waits for the device.
 
     model: what is called (net, or net under DDP or torch.compile). similarity, weight: kind of the orthogonality term
-    and its factor lambdaR. epoch: from 1, for messages. Each step's cross entropy is the mean over the global batch, so
-    that the number of ranks does not change the gradient. Raises RunError once a loss is seen not to be finite (one
-    step later on a GPU, which is not waited for).
+    and its factor lambdaR. Each step's cross entropy is the mean over the global batch, so that the number of ranks
+    does not change the gradient. The tensors stay where they are from epoch to epoch, so that a recorded step can be
+    replayed.
     """
-    model.train()
-    meter = Meter(loader.device)
-    progress = Progress("train", len(loader), meter, world.is_main)
-    unchecked = None
-    for step, ((images, targets), batch_size) in enumerate(zip(loader, loader.batch_sizes, strict=True)):
-        with torch.autocast(loader.device.type, amp_dtype, enabled=amp_dtype is not None):
-            logits = model(images)
+
+    def __init__(self, model, net, optimizer, device, *, similarity, weight, world, amp_dtype=None, scaler=None):
+        self.model, self.net, self.optimizer, self.device = model, net, optimizer, torch.device(device)
+        self.similarity, self.weight, self.world = similarity, weight, world
+        self.amp_dtype, self.scaler = amp_dtype, scaler
+        self.meter, self.losses = Meter(device), LossLog(device)
+
+    def rates(self) -> tuple:
+        """What the host decides before a step, and a recording of it fixes."""
+        return tuple(group["lr"] for group in self.optimizer.param_groups)
+
+    def __call__(self, images, targets, batch_size):
+        """batch_size: images of this step over all processes. Returns the mean cross entropy here, and the terms R."""
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            logits = self.model(images)
         loss_sum = F.cross_entropy(logits.float(), targets, reduction="sum")
-        terms = similarity_terms(net, similarity)
+        terms = similarity_terms(self.net, self.similarity)
         # DDP averages gradients over ranks. A weight of 0 stays in: unused bases are still decayed, as in the original.
-        loss = loss_sum * (world.size / batch_size) + sum(weight * term for term in terms)
-        optimizer.zero_grad(set_to_none=True)
-        if scaler is None:
+        loss = loss_sum * (self.world.size / batch_size) + sum(self.weight * term for term in terms)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler is None:
             loss.backward()
-            optimizer.step()
+            self.optimizer.step()
         else:
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-        meter.add(loss_sum, logits, targets)
-        if step == 0 and world.is_main:
-            _show_first_losses(loss_sum / len(targets), terms)
-        if loader.device.type == "cpu":
-            _require_finite(loss, epoch, step)
-        elif unchecked is not None:
-            _require_finite(unchecked, epoch, step - 1)
-        unchecked = loss.detach()
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.meter.add(loss_sum, logits, targets)
+        self.losses.add(loss)
+        return loss_sum.detach() / len(targets), [term.detach() for term in terms]
+
+
+def train_one_epoch(step: TrainingStep, loader, *, epoch, graph=None) -> tuple[float, float, float]:
+    """One pass over the training set. Returns mean cross entropy, top-1 and top-5 in percent over all ranks.
+
+    epoch: from 1, for messages. graph: replays the step as a CUDA graph. Raises RunError once a loss is seen not to be
+    finite, up to 100 steps later on a GPU, which is not waited for.
+    """
+    step.model.train()
+    step.meter.start()
+    step.losses.start(len(loader))
+    progress = Progress("train", len(loader), step.meter, step.world.is_main)
+    for done, found in enumerate(run_steps(step, loader, graph=graph, kind=step.rates), start=1):
+        if done == 1 and step.world.is_main:
+            _show_first_losses(*found)
+        if (bad := step.losses.first_bad(done)) is not None:
+            raise RunError(f"the loss is {bad[1]} at epoch {epoch}, batch {bad[0] + 1}; try a smaller --lr")
         progress.advance()
-    _require_finite(unchecked, epoch, len(loader) - 1)
-    meter.reduce()
+    step.meter.reduce()
     progress.finish()
-    return meter.result()
+    return step.meter.result()
 
 
 def _show_first_losses(cross_entropy, terms):
@@ -233,24 +230,26 @@ def _show_first_losses(cross_entropy, terms):
     sys.stdout.flush()
 
 
-def _require_finite(loss, epoch, step):
-    value = loss.item()
-    if value != value or value in (float("inf"), float("-inf")):
-        raise RunError(f"the loss is {value} at epoch {epoch}, batch {step + 1}; try a smaller --lr")
-
-
 @torch.no_grad()
-def evaluate(model: nn.Module, loader, *, world=World()) -> tuple[float, float, float]:
-    """Mean cross entropy, top-1 and top-5 in percent of the whole test set, each image once, in float32."""
+def evaluate(model: nn.Module, loader, *, world=World(), graph=None) -> tuple[float, float, float]:
+    """Mean cross entropy, top-1 and top-5 in percent of the whole test set, each image once, in float32.
+
+    graph: replays the step of a batch as a CUDA graph.
+    """
     model.eval()
     if world.size > 1:  # running statistics differ between ranks; rank 0's are the ones that are saved
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     meter = Meter(loader.device)
     progress = Progress("test", len(loader), meter, world.is_main)
-    for images, targets in loader:
+
+    def test(images, targets, _):
         logits = model(images)
         meter.add(F.cross_entropy(logits, targets, reduction="sum"), logits, targets)
+
+    if graph is not None:
+        graph.forget()
+    for _ in run_steps(test, loader, graph=graph):
         progress.advance()
     meter.reduce()
     progress.finish()

@@ -7,6 +7,7 @@ import torch
 from shared_bases import engine
 from shared_bases.checkpoints import existing_path, load_network
 from shared_bases.models import IMAGE_SIZES, build_model
+from shared_bases.run import gpu_errors_explained
 from shared_bases.training_script import (
     add_data_flags,
     add_model_flags,
@@ -33,7 +34,12 @@ def main(dataset: str, description: str, argv=None) -> tuple[float, float]:
     args.dataset, args.image_size = dataset, getattr(args, "image_size", IMAGE_SIZES[dataset])
     config = model_config(parser, args)
     check_numbers(parser, args, {"batch_size": 1, "image-size": 32, "workers": 0})
-    engine.show_devices(args.visible_device)
+    engine.show_devices(args.visible_device, args.device)
+    with gpu_errors_explained(args.batch_size, "--batch_size"):
+        return _test(args, config)
+
+
+def _test(args, config):
     _, device = engine.join_world(args.device)
     channels_last = False
     if args.pretrained is None:

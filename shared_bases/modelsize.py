@@ -25,6 +25,7 @@ import torch
 from shared_bases import engine
 from shared_bases.count import count_parameters, layer_calls
 from shared_bases.models import IMAGE_SIZES, MODELS, Config, build_model, model_key
+from shared_bases.run import gpu_errors_explained
 from shared_bases.runs import hardware
 
 TIMED_SIZE = 256
@@ -88,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@gpu_errors_explained(batch_size=1)
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)

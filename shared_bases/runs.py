@@ -17,13 +17,11 @@ from pathlib import Path
 import torch
 
 from common.checkpoints import load_checkpoint, save_checkpoint
+from shared_bases.events import open_events
 from shared_bases.models import Config
+from shared_bases.run import RunError
 
 PUBLISHED = Path(__file__).with_name("published.csv")
-
-
-class RunError(Exception):
-    """A user's mistake or a run that cannot go on; the text is one line: what is wrong and what to do."""
 
 
 def _commit() -> str | None:
@@ -83,8 +81,6 @@ class Run:
         """Open metrics.jsonl and TensorBoard events: anew with `header` first, or going on at epoch `resumed_at`."""
         if not self.is_writer:
             return
-        from tensorboardX import SummaryWriter
-
         lines = [{"type": "run", **header}]
         if resumed_at is not None:
             earlier = [line for line in read_metrics(self.metrics_path) if line.get("type") != "result"]
@@ -94,7 +90,7 @@ class Run:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
         os.replace(temporary, self.metrics_path)
         self._metrics = open(self.metrics_path, "a")
-        self._events = SummaryWriter(str(self.directory), purge_step=resumed_at)
+        self._events = open_events(self.directory, purge_step=resumed_at)
 
     def log_epoch(self, record: dict):
         """One line in metrics.jsonl and one point per curve in TensorBoard."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from common.checkpoints import CheckpointError
 from shared_bases import engine
+from shared_bases.capture import StepGraph, why_not
 from shared_bases.checkpoints import existing_path, load_network, read_checkpoint
 from shared_bases.models import Config, build_model
 from shared_bases.regulariser import mean_similarity, similarity_terms
@@ -111,6 +112,9 @@ class Training:
         self.amp_dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
         self.scaler = torch.amp.GradScaler(device.type) if args.amp == "fp16" else None
         self._optimizer_state = None
+        if args.cuda_graph and (why := why_not(device, processes=world.size, amp=args.amp, compiled=args.compile)):
+            raise RunError(f"--cuda-graph {why}")
+        self.graph, self.test_graph = (StepGraph(device) if args.cuda_graph else None for _ in range(2))
 
     def start_from(self, path: str) -> dict:
         """--pretrained: weights, best accuracy and optimizer of a checkpoint. Returns what was read."""
@@ -169,7 +173,8 @@ class Training:
         model = self.net
         if self.world.size > 1:
             model = nn.parallel.DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None)
-        return torch.compile(model) if self.args.compile else model
+        # Else the last, shorter batch makes all later ones run a slower graph that fits any size.
+        return torch.compile(model, dynamic=False) if self.args.compile else model
 
     def new_optimizer(self) -> torch.optim.SGD:
         args = self.args
@@ -184,6 +189,26 @@ class Training:
                 group.update(momentum=self.args.momentum, weight_decay=self.args.weight_decay)
             self._optimizer_state = None
         return optimizer
+
+    def first_step(self) -> engine.TrainingStep:
+        """What each batch goes through, with the optimizer that the run begins or goes on with."""
+        return engine.TrainingStep(
+            self.wrapped(),
+            self.net,
+            self.first_optimizer(),
+            self.device,
+            similarity=self.similarity,
+            weight=self.args.lambdaR,
+            world=self.world,
+            amp_dtype=self.amp_dtype,
+            scaler=self.scaler,
+        )
+
+    def renew(self, step: engine.TrainingStep):
+        """A new optimizer; steps recorded with the old one's momentum are recorded again."""
+        step.optimizer = self.new_optimizer()
+        if self.graph is not None:
+            self.graph = StepGraph(self.device)
 
     def restart_from_best(self):
         """Back to the best network so far, the same in every process."""
@@ -228,9 +253,9 @@ class Training:
 def train(training: Training, run: Run, loaders) -> dict:
     """All remaining epochs. Returns the result: accuracy of the last epoch, and the best, chosen on the test set."""
     args = training.args
-    model, optimizer, accuracy = training.wrapped(), training.first_optimizer(), None
+    step, accuracy = training.first_step(), None
     while training.done < args.epochs:
-        accuracy, optimizer = _one_epoch(training, run, loaders, model, optimizer)
+        accuracy = _one_epoch(training, run, loaders, step)
     if accuracy is None:  # resumed after the last epoch: nothing left to train
         state = run.load_last()
         if state is None or training.done > args.epochs:
@@ -251,18 +276,18 @@ def train(training: Training, run: Run, loaders) -> dict:
     }
 
 
-def _one_epoch(training: Training, run: Run, loaders, model, optimizer):
-    """Train, test and save once. Returns the test accuracy, and the optimizer of the next epoch."""
+def _one_epoch(training: Training, run: Run, loaders, step: engine.TrainingStep) -> float:
+    """Train, test and save once; a new stage gets a new optimizer. Returns the test accuracy in percent."""
     args, world, (train_loader, test_loader) = training.args, training.world, loaders
     index, start = training.done, time.monotonic()
     if world.is_main:
         print(f"\nCuda {args.visible_device} {'Basis ' if training.similarity else ''}Epoch: {index + 1}", flush=True)
     rate = args.lr * training.schedule.factor(index, args.epochs)
-    train_loss, train_top1, train_top5 = _train_epoch(training, train_loader, model, optimizer, rate)
+    train_loss, train_top1, train_top5 = _train_epoch(training, train_loader, step, rate)
     train_seconds = time.monotonic() - start
-    test_loss, top1, top5 = engine.evaluate(training.net, test_loader, world=world)
+    test_loss, top1, top5 = engine.evaluate(training.net, test_loader, world=world, graph=training.test_graph)
     training.done += 1
-    improved = _save_epoch(training, run, optimizer, top1, top5)
+    improved = _save_epoch(training, run, step.optimizer, top1, top5)
     seconds = time.monotonic() - start
     training.seconds += seconds
     if world.is_main:
@@ -277,30 +302,19 @@ def _one_epoch(training: Training, run: Run, loaders, model, optimizer):
         if world.is_main:
             print(f"Restarting from {training.best['path']}, epoch {training.best['epoch'] + 1}", flush=True)
         training.restart_from_best()
-        optimizer = training.new_optimizer()
-    run.save_last(training.last_payload(optimizer, top1, top5))
-    return top1, optimizer
+        training.renew(step)
+    run.save_last(training.last_payload(step.optimizer, top1, top5))
+    return top1
 
 
-def _train_epoch(training: Training, loader, model, optimizer, rate: float):
+def _train_epoch(training: Training, loader, step, rate: float):
     """Train once over the images at learning rate `rate`. Returns (loss, top-1, top-5)."""
-    for group in optimizer.param_groups:
+    for group in step.optimizer.param_groups:
         group["lr"] = rate
     # Random numbers of an epoch (dropout) depend on seed, epoch and rank only, so a resumed run draws the same.
     torch.manual_seed((training.seed * 1_000_003 + training.done) * 4099 + training.world.rank)
     loader.set_epoch(training.done)
-    return engine.train_one_epoch(
-        model,
-        training.net,
-        loader,
-        optimizer,
-        similarity=training.similarity,
-        weight=training.args.lambdaR,
-        epoch=training.done + 1,
-        world=training.world,
-        amp_dtype=training.amp_dtype,
-        scaler=training.scaler,
-    )
+    return engine.train_one_epoch(step, loader, epoch=training.done + 1, graph=training.graph)
 
 
 def _save_epoch(training: Training, run: Run, optimizer, top1: float, top5: float) -> bool:

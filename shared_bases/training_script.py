@@ -9,6 +9,7 @@ import torch
 from shared_bases import engine
 from shared_bases.count import count_macs, count_parameters
 from shared_bases.models import IMAGE_SIZES, MODELS, Config, model_key
+from shared_bases.run import fp16_refusal, gpu_errors_explained
 from shared_bases.runs import Run, RunError, command_line, describe_run, read_metrics
 from shared_bases.training import SCHEDULES, Training, changed_flags, schedule_of, train
 
@@ -122,6 +123,7 @@ def build_parser(dataset: str, description: str) -> argparse.ArgumentParser:
         "--amp", default="off", choices=("off", "bf16", "fp16"), help="mixed precision (default: %(default)s)"
     )
     extra.add_argument("--compile", action="store_true", help="torch.compile the network")
+    extra.add_argument("--cuda-graph", action="store_true", help="record a training step once, replay it: one GPU")
     extra.add_argument("--channels-last", action="store_true", help="store activations as NHWC")
     extra.add_argument("--seed", type=int, help="same seed, same bits on the CPU (default: a new one, logged)")
     extra.add_argument("--deterministic", action="store_true", help="same bits on a GPU too, slower")
@@ -175,8 +177,11 @@ def parse_args(dataset: str, description: str, argv=None) -> tuple[argparse.Name
             parser.error(f"--{name} must be a number that is not negative, not {getattr(args, name):g}")
     if args.starting_epoch >= args.epochs:
         parser.error(f"--starting_epoch {args.starting_epoch} leaves none of {args.epochs} epochs; give more --epochs")
-    if args.amp == "fp16" and (args.device == "cpu" or not torch.cuda.is_available()):
-        parser.error("--amp fp16 needs a GPU; use --amp bf16 on the CPU")
+    if args.amp == "fp16":
+        # PyTorch looks at CUDA_VISIBLE_DEVICES only once, when it is first asked for a GPU.
+        engine.show_devices(args.visible_device, args.device)
+        if refusal := fp16_refusal(args.device):
+            parser.error(refusal)
     return args, config
 
 
@@ -221,7 +226,13 @@ def use_all_gpus(args):
 
 def main(dataset: str, description: str, argv=None):
     args, config = parse_args(dataset, description, argv)
-    engine.show_devices(args.visible_device)
+    with gpu_errors_explained(args.batch_size, "--batch_size"):
+        run_training(dataset, args, config)
+
+
+def run_training(dataset: str, args, config: Config):
+    """All that follows the flags. Raises RunError where the run cannot begin or go on."""
+    engine.show_devices(args.visible_device, args.device)
     if dataset == "ilsvrc":
         use_all_gpus(args)
     world, device = engine.join_world(args.device)
@@ -254,7 +265,8 @@ def main(dataset: str, description: str, argv=None):
     header = describe_run(args, training.config, device, count_parameters(training.net), macs)
     run.start_log({**header, "seed": training.seed}, training.done if resumed else None)
     try:
-        result = train(training, run, loaders)
+        with gpu_errors_explained(args.batch_size, "--batch_size"):
+            result = train(training, run, loaders)
         run.log_result(result)
     except RunError as error:
         kept = f"; the last good checkpoint is {run.last_path}" if run.last_path.exists() else ""

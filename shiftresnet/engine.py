@@ -4,7 +4,6 @@ import contextlib
 import os
 import sys
 import time
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -13,9 +12,17 @@ from torch import nn
 
 from common.checkpoints import CheckpointError
 from common.data import DataError, TensorLoader, load_dataset, load_digits_set
+from shiftresnet.capture import LossLog, run_steps
 from shiftresnet.models import NUM_CLASSES
 from shiftresnet.modules import ShiftConv
-from shiftresnet.runs import RunError
+from shiftresnet.run import (
+    RunError,
+    World,
+    choose_device,
+    gpu_errors_explained,
+    join_processes,
+    world_of_environment,
+)
 
 # As in the original, for CIFAR-10 and CIFAR-100 alike.
 MEAN = (0.4914, 0.4822, 0.4465)
@@ -24,46 +31,14 @@ TEST_BATCH_SIZE = {"cuda": 1000, "cpu": 50}  # on a CPU larger activations leave
 SECONDS_BETWEEN_LINES = 120.0
 
 
-@dataclass(frozen=True)
-class World:
-    """Place of this process among those that `torchrun` started."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-
 def join_world(device_flag: str) -> tuple[World, torch.device]:
     """The process group of `torchrun` (nccl or gloo), if there is one, and the device of this process.
 
     Raises RunError if the device is not there.
     """
-    world = World(
-        *(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    )
-    name = device_flag
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and world.size > 1:
-        name = f"cuda:{world.local_rank}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise RunError(f"--device {device_flag}: not a device; use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise RunError(f"--device {device_flag}: only cpu and cuda are supported")
-    if device.type == "cuda":
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise RunError(
-                f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"
-            )
-        torch.cuda.set_device(device)
-    if world.size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    world = world_of_environment()
+    device = choose_device(device_flag, world)
+    join_processes(world, device)
     return world, device
 
 
@@ -96,6 +71,10 @@ class Meter:
     def __init__(self, device):
         # float32 sums of losses would drift over an epoch; MPS aside, every device has float64
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+
+    def start(self):
+        """Begin anew, in the same tensor: a recorded step goes on writing there."""
+        self.sums.zero_()
 
     def add(self, loss_sum, logits, targets):
         correct = (logits.argmax(1) == targets).sum()
@@ -159,47 +138,57 @@ class Progress:
             print(f" {self.label:5} {self.step}/{self.total} | Tot: {seconds:.1f}s | {self.meter.text()}", flush=True)
 
 
-def train_one_epoch(model, loader, optimizer, *, epoch, world, amp_dtype=None, scaler=None) -> tuple[float, float]:
+class TrainingStep:
+    """What happens to a batch: forward, loss, backward, update, count. Nothing here waits for the device.
+
+    Each step's loss is the mean over the global batch, so that the number of ranks does not change the gradient. The
+    tensors stay where they are from epoch to epoch, so that a recorded step can be replayed.
+    """
+
+    def __init__(self, model, optimizer, device, *, world, amp_dtype=None, scaler=None):
+        self.model, self.optimizer, self.device = model, optimizer, torch.device(device)
+        self.world, self.amp_dtype, self.scaler = world, amp_dtype, scaler
+        self.meter, self.losses = Meter(device), LossLog(device)
+
+    def rates(self) -> tuple:
+        """What the host decides before a step, and a recording of it fixes."""
+        return tuple(group["lr"] for group in self.optimizer.param_groups)
+
+    def __call__(self, images, targets, batch_size):
+        """batch_size: images of this step over all processes."""
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            logits = self.model(images)
+        loss_sum = F.cross_entropy(logits.float(), targets, reduction="sum")
+        loss = loss_sum * (self.world.size / batch_size)  # DDP averages gradients over ranks
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler is None:
+            loss.backward()
+            self.optimizer.step()
+        else:
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.meter.add(loss_sum, logits, targets)
+        self.losses.add(loss_sum)
+
+
+def train_one_epoch(step: TrainingStep, loader, *, epoch, graph=None) -> tuple[float, float]:
     """One pass over the training set. Returns mean loss and top-1 in percent over all ranks.
 
-    Each step's loss is the mean over the global batch, so that the number of ranks does not change the gradient.
-    Raises RunError once a step's loss is seen not to be finite (one step later on a GPU, which is not waited for).
+    graph: replays the step as a CUDA graph. Raises RunError once a step's loss is seen not to be finite, up to 100
+    steps later on a GPU, which is not waited for.
     """
-    model.train()
-    device = loader.device
-    meter = Meter(device)
-    progress = Progress("train", len(loader), meter, world.is_main)
-    unchecked = None
-    for step, ((images, targets), batch_size) in enumerate(zip(loader, loader.batch_sizes, strict=True)):
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            logits = model(images)
-        loss_sum = F.cross_entropy(logits.float(), targets, reduction="sum")
-        optimizer.zero_grad(set_to_none=True)
-        loss = loss_sum * (world.size / batch_size)  # DDP averages gradients over ranks
-        if scaler is None:
-            loss.backward()
-            optimizer.step()
-        else:
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-        meter.add(loss_sum, logits, targets)
-        if device.type == "cpu":
-            _require_finite(loss_sum, epoch, step)
-        elif unchecked is not None:
-            _require_finite(unchecked, epoch, step - 1)
-        unchecked = loss_sum.detach()
+    step.model.train()
+    step.meter.start()
+    step.losses.start(len(loader))
+    progress = Progress("train", len(loader), step.meter, step.world.is_main)
+    for done, _ in enumerate(run_steps(step, loader, graph=graph, kind=step.rates), start=1):
+        if (bad := step.losses.first_bad(done)) is not None:
+            raise RunError(f"the loss is {bad[1]} at epoch {epoch}, batch {bad[0]}; try a smaller --lr")
         progress.advance()
-    _require_finite(unchecked, epoch, len(loader) - 1)
-    meter.reduce()
+    step.meter.reduce()
     progress.finish()
-    return meter.result()[:2]
-
-
-def _require_finite(loss, epoch, step):
-    value = loss.item()
-    if value != value or value in (float("inf"), float("-inf")):
-        raise RunError(f"the loss is {value} at epoch {epoch}, batch {step}; try a smaller --lr")
+    return step.meter.result()[:2]
 
 
 @contextlib.contextmanager
@@ -219,6 +208,7 @@ def fused_shifts(model: nn.Module):
             block.unfuse()
 
 
+@gpu_errors_explained(TEST_BATCH_SIZE["cuda"])
 @torch.no_grad()
 def evaluate(model: nn.Module, loader, *, world=World()) -> tuple[float, float]:
     """Mean loss and top-1 in percent over the whole test set, each image once, in float32 whatever --amp says."""

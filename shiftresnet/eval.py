@@ -21,7 +21,7 @@ from common.checkpoints import CheckpointError
 from shiftresnet import engine
 from shiftresnet.checkpoints import read_network
 from shiftresnet.models import NUM_CLASSES, build_model
-from shiftresnet.runs import RunError
+from shiftresnet.run import RunError, gpu_errors_explained
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -76,6 +76,7 @@ def test_file(path: str, dataset: str, images, device: torch.device) -> float:
     return engine.evaluate(model, loader)[1]
 
 
+@gpu_errors_explained(engine.TEST_BATCH_SIZE["cuda"])
 def main(argv=None) -> dict[str, float]:
     """Test all files; returns {path: top-1 in percent}."""
     args = build_parser().parse_args(argv)

@@ -23,6 +23,7 @@ import torch
 from shiftresnet import engine
 from shiftresnet.count import count_flops, count_parameters
 from shiftresnet.models import ARCHITECTURES, NUM_CLASSES, REDUCTION_MODES, Config, build_model
+from shiftresnet.run import fp16_refusal, gpu_errors_explained
 from shiftresnet.runs import Run, RunError, command_line, describe_run, read_metrics
 from shiftresnet.training import RECIPES, Training, changed_flags, train
 
@@ -102,6 +103,7 @@ def _add_our_flags(extra):
         "--amp", default="off", choices=("off", "bf16", "fp16"), help="mixed precision (default: %(default)s)"
     )
     extra.add_argument("--compile", action="store_true", help="torch.compile the network")
+    extra.add_argument("--cuda-graph", action="store_true", help="record a training step once, replay it: one GPU")
     extra.add_argument("--channels-last", action="store_true", help="store activations as NHWC")
     extra.add_argument("--seed", type=int, help="same seed, same bits on the CPU (default: a new one, logged)")
     extra.add_argument("--deterministic", action="store_true", help="same bits on a GPU too, slower")
@@ -128,8 +130,8 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, Config]:
             )
     if not 0 < args.lr < float("inf"):
         parser.error(f"--lr must be a positive number, not {args.lr:g}")
-    if args.amp == "fp16" and (args.device == "cpu" or not torch.cuda.is_available()):
-        parser.error("--amp fp16 needs a GPU; use --amp bf16 on the CPU")
+    if args.amp == "fp16" and (refusal := fp16_refusal(args.device)):
+        parser.error(refusal)
     try:
         config = Config(args.arch, args.expansion, args.reduction, args.reduction_mode, NUM_CLASSES[args.dataset])
         with torch.device("meta"):
@@ -163,6 +165,12 @@ def finished_result(args, run: Run) -> dict | None:
 
 def main(argv=None):
     args, config = parse_args(argv)
+    with gpu_errors_explained(args.batch_size, "--batch_size"):
+        run_training(args, config)
+
+
+def run_training(args, config: Config):
+    """All that follows the flags. Raises RunError where the run cannot begin or go on."""
     world, device = engine.join_world(args.device)
     say = print if world.is_main else (lambda *text, **options: None)
     run = Run(*run_paths(args, config), is_writer=world.is_main)
@@ -194,10 +202,11 @@ def main(argv=None):
     loaders = training.loaders()
     header = describe_run(args, config, device, count_parameters(training.net), count_flops(training.net, "true"))
     run.start_log({**header, "seed": training.seed}, training.first_epoch if resumed else None)
-    if world.is_main and torch.cuda.device_count() > 1 and world.size == 1:
+    if device.type == "cuda" and torch.cuda.device_count() > 1 and world.size == 1:
         say("note: one GPU is used; start with torchrun --nproc_per_node=N for several")
     try:
-        result = train(training, run, loaders)
+        with gpu_errors_explained(args.batch_size, "--batch_size"):
+            result = train(training, run, loaders)
         run.log_result(result)
     except RunError as error:
         kept = f"; the last good checkpoint is {run.last_path}" if run.last_path.exists() else ""

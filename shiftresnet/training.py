@@ -10,6 +10,7 @@ from torch import nn
 
 from common.data import TensorLoader
 from shiftresnet import engine
+from shiftresnet.capture import StepGraph, why_not
 from shiftresnet.checkpoints import read_network
 from shiftresnet.models import Config, build_model
 from shiftresnet.runs import Run, RunError
@@ -89,7 +90,9 @@ class Training:
         self.net = build_network(args, config)
         self.amp_dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
         self.scaler = torch.amp.GradScaler(device.type) if args.amp == "fp16" else None
-        self.optimizer = None
+        if args.cuda_graph and (why := why_not(device, processes=world.size, amp=args.amp, compiled=args.compile)):
+            raise RunError(f"--cuda-graph {why}")
+        self.graph = StepGraph(device) if args.cuda_graph else None
 
     def resume(self, run: Run) -> bool:
         """Take over the last state of the run, or the weights of a file of the original. False if there is neither."""
@@ -164,11 +167,17 @@ class Training:
         model = self.net
         if self.world.size > 1:
             model = nn.parallel.DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None)
-        return torch.compile(model) if self.args.compile else model
+        # Else the last, shorter batch makes all later ones run a slower graph that fits any size.
+        return torch.compile(model, dynamic=False) if self.args.compile else model
 
-    def new_optimizer(self, rate: float) -> torch.optim.SGD:
-        # As in the original: a new optimizer every epoch, so momentum starts from zero in each.
-        return torch.optim.SGD(self.net.parameters(), lr=rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    def new_step(self) -> engine.TrainingStep:
+        """What each batch goes through, with its optimizer."""
+        optimizer = torch.optim.SGD(
+            self.net.parameters(), lr=self.args.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
+        )
+        return engine.TrainingStep(
+            self.wrapped(), optimizer, self.device, world=self.world, amp_dtype=self.amp_dtype, scaler=self.scaler
+        )
 
     def best_payload(self, acc, epoch) -> dict:
         return {
@@ -193,11 +202,11 @@ class Training:
 
 def train(training: Training, run: Run, loaders) -> dict:
     """All remaining epochs. Returns the result: accuracy of the last epoch, and the best, chosen on the test set."""
-    args, model, test_top1 = training.args, training.wrapped(), None
+    args, step, test_top1 = training.args, training.new_step(), None
     for epoch in range(training.first_epoch, args.epochs):
         if training.world.is_main:
             print(f"\nEpoch: {epoch}", flush=True)
-        row = _run_epoch(training, model, loaders, epoch)
+        row = _run_epoch(training, step, loaders, epoch)
         test_top1 = row["test_top1"]
         if test_top1 > training.best["acc"]:
             _save_best(training, run, test_top1, epoch)
@@ -221,20 +230,27 @@ def train(training: Training, run: Run, loaders) -> dict:
     }
 
 
-def _run_epoch(training, model, loaders, epoch) -> dict:
+def begin_epoch(optimizer, rate: float):
+    """Set the rate and start momentum from zero: the original made a new optimizer every epoch.
+
+    In place, because a recorded step goes on using the same tensors; a new optimizer's first momentum is the gradient,
+    which zero plus the gradient is too.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+        for parameter in group["params"]:
+            momentum = optimizer.state.get(parameter, {}).get("momentum_buffer")
+            if momentum is not None:
+                momentum.zero_()
+
+
+def _run_epoch(training, step, loaders, epoch) -> dict:
     """Train and test once. Returns the line of metrics.jsonl."""
     train_loader, test_loader = loaders
     start, rate = time.monotonic(), learning_rate(training.args, epoch)
     train_loader.set_epoch(epoch)
-    train_loss, train_top1 = engine.train_one_epoch(
-        model,
-        train_loader,
-        training.new_optimizer(rate),
-        epoch=epoch,
-        world=training.world,
-        amp_dtype=training.amp_dtype,
-        scaler=training.scaler,
-    )
+    begin_epoch(step.optimizer, rate)
+    train_loss, train_top1 = engine.train_one_epoch(step, train_loader, epoch=epoch, graph=training.graph)
     train_seconds = time.monotonic() - start
     test_loss, test_top1 = engine.evaluate(training.net, test_loader, world=training.world)
     seconds = time.monotonic() - start

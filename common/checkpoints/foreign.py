@@ -53,7 +53,7 @@ def read_bytes(data, extra_records=()):
     builder = TensorBuilder(len(data))
     stand_ins = StandIns(builder, extra_records)
     if data.startswith(ZIP_START):
-        result = _read_zip(data, builder, stand_ins)
+        result = read_zip(data, builder, stand_ins)
     elif data.startswith(b"\x80"):  # PROTO, the first opcode of a pickle
         result = _read_legacy(data, builder, stand_ins)
     elif looks_like_tar(data):
@@ -61,11 +61,12 @@ def read_bytes(data, extra_records=()):
     else:
         raise Damaged("it begins like no format of PyTorch")
     builder.fill()
-    _check_tree(result)
+    check_tree(result)
     return result
 
 
-def _read_zip(data, builder, stand_ins):
+def read_zip(data, builder, stand_ins, max_reads=None):
+    """The object in the bytes of a zip archive: what builder and stand_ins make of it."""
     members = zip_members(data)
     if "constants.pkl" in members or any(name.startswith("code/") for name in members):
         raise Refused("it is a TorchScript archive, which is a program")
@@ -80,7 +81,8 @@ def _read_zip(data, builder, stand_ins):
         storage.data = members.get(f"data/{key}")
         return storage
 
-    return RestrictedUnpickler(PickleSource(bytes(members["data.pkl"])), stand_ins, persistent_load).load()
+    source = PickleSource(bytes(members["data.pkl"]), max_reads)
+    return RestrictedUnpickler(source, stand_ins, persistent_load).load()
 
 
 def _read_legacy(data, builder, stand_ins):
@@ -210,13 +212,16 @@ def _children(node):
     raise Refused(f"it holds a {type(node).__name__} as a value")
 
 
-def _check_tree(root):
-    """Raise Refused for a cycle, more than _MAX_DEPTH levels, or a value that should not be in the result."""
+def check_tree(root, children_of=_children):
+    """Raise Refused for a cycle, more than _MAX_DEPTH levels, or a value that should not be in the result.
+
+    children_of: function of a node that returns the list of those below it, None for a leaf, or raises Refused.
+    """
     heights, on_path, stack = {}, set(), [(root, None)]
     while stack:
         node, children = stack.pop()
         if children is None:  # first meeting
-            children = _children(node)
+            children = children_of(node)
             if children is None or id(node) in heights:
                 continue
             if id(node) in on_path:

@@ -5,7 +5,6 @@ import contextlib
 import fcntl
 import io
 import os
-import pickle
 import re
 import secrets
 import shutil
@@ -15,9 +14,7 @@ import torch
 
 from common.checkpoints.archives import ZIP_START, zip_members
 from common.checkpoints.errors import Damaged, Refused, failure, printable, read_file, reason
-from common.checkpoints.foreign import read_bytes
-
-_SCALARS = (str, float, bool, type(None))
+from common.checkpoints.plain import SCALARS, are_attributes, is_key, read_plain
 
 
 def save_checkpoint(path, payload, *, keep_previous=False):
@@ -49,12 +46,18 @@ def save_checkpoint(path, payload, *, keep_previous=False):
 
 
 def load_checkpoint(path, map_location="cpu"):
-    """The payload of a file that `save_checkpoint` wrote; map_location as for torch.load.
+    """The payload of a file that `save_checkpoint` wrote. map_location: device of its tensors, str or torch.device.
 
     The checksum of every member of the archive is verified before anything is used, and only tensors and plain values
-    are loaded. Raises CheckpointError, naming the file and the damage, for one that is missing, damaged or of another
-    kind; when the file before it (`keep_previous`) is good, the message offers it.
+    are loaded: tensors that shared memory share it again. Raises CheckpointError, naming the file and the damage, for
+    one that is missing, damaged or of another kind; when the file before it (`keep_previous`) is good, the message
+    offers it. CheckpointError also for a device that is not there.
     """
+    try:
+        torch.empty(0, device=map_location)
+    except Exception as error:  # the file is not to blame
+        why = f"the device {map_location} cannot be used here ({reason(error)})"
+        raise failure(path, f"not loaded: {why}; load to 'cpu', or check CUDA and its driver") from error
     try:
         return _load(path, map_location)
     except (Damaged, Refused) as error:
@@ -70,24 +73,30 @@ def previous_path(path):
 def _check_plain(value, where, parents):
     """Raise Refused unless `value` and all below it load with weights_only=True."""
     kind = type(value)
-    if kind in _SCALARS or (kind is int and value.bit_length() < 2000):
+    if kind in SCALARS and (kind is not int or value.bit_length() < 2000):
         return
     if kind in (torch.Tensor, torch.nn.Parameter):
-        if value.layout is not torch.strided or value.is_meta or value.is_quantized or vars(value):
+        if not _is_plain(value):
             raise Refused(f"{where} is a tensor with attributes or a layout of its own; save a plain one")
         return
     if any(value is parent for parent in parents) or len(parents) > 100:
         raise Refused(f"{where} contains itself or nests too deep; save a flat copy")
     for key, item in _entries(value, where):
-        if type(key) not in (*_SCALARS, int):
-            raise Refused(f"{where} has a key of type {_type_name(key)}; use str or int")
+        if not is_key(key):
+            raise Refused(f"{where} has a key of type {_type_name(key)}, or a huge one; use str or int")
         _check_plain(item, f"{where}[{printable(repr(key), 60)}]", [*parents, value])
+
+
+def _is_plain(tensor):
+    is_quantized = tensor.is_quantized or str(tensor.dtype).startswith("torch.q")
+    is_lazy = tensor.is_meta or tensor.is_conj() or tensor.is_neg()
+    return tensor.layout is torch.strided and not (is_quantized or is_lazy or vars(tensor))
 
 
 def _entries(value, where):
     if type(value) is dict:
         return value.items()
-    if type(value) is collections.OrderedDict:
+    if type(value) is collections.OrderedDict and are_attributes(vars(value)):
         return [*value.items(), *vars(value).items()]  # a state dict keeps its version numbers as an attribute
     if type(value) in (list, tuple):
         return enumerate(value)
@@ -191,24 +200,12 @@ def _load(path, map_location):
     data = read_file(path)
     if not data.startswith(ZIP_START):
         raise Damaged("it does not begin like a checkpoint of this repository (of an older PyTorch, or damaged)")
-    zip_members(data)
     try:
-        return torch.load(io.BytesIO(data), map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise Refused(_what_it_names(data)) from error
-    except Exception as error:
+        return read_plain(data, map_location)
+    except (Damaged, Refused):
+        raise
+    except Exception as error:  # a malformed pickle can raise nearly anything
         raise Damaged(reason(error)) from error
-
-
-def _what_it_names(data):
-    """Why torch.load refused bytes whose checksums hold, in one line: torch's own message is a page long."""
-    try:
-        read_bytes(data)
-    except Refused as refusal:
-        return str(refusal)
-    except Exception:
-        pass  # damaged in a way that this reader calls otherwise
-    return "it holds pickled objects besides tensors and plain values"
 
 
 def _alternative(path):

@@ -39,6 +39,12 @@ class Storage:
     def nbytes(self):
         return self.count * self.dtype.itemsize
 
+    def content(self):
+        """Its bytes; raises Damaged where they are missing or too many."""
+        if self.data is None or len(self.data) != self.nbytes:
+            raise Damaged("a storage has another size than its tensors say")
+        return self.data
+
 
 class TensorBuilder:
     """Makes the tensors of one file. They are empty until `fill`, because a file may put the data after the objects."""
@@ -72,18 +78,8 @@ class TensorBuilder:
 
     def tensor(self, storage, offset, size, stride, dtype=None):
         """An empty tensor that `fill` will turn into this view's own copy. Raises Refused outside the storage."""
-        if type(storage) is not Storage:
-            raise Refused("it rebuilds a tensor from something that is no storage")
-        dtype = dtype or storage.dtype
-        if not _are_counts([offset]) or not is_shape(size) or not is_shape(stride) or len(size) != len(stride):
-            raise Refused("it holds a tensor whose sizes, strides or offset are not numbers of elements")
-        if not size and not storage.count:
-            size, stride = (0,), (1,)  # before PyTorch 0.4 an empty tensor had no dimensions
-        numel = math.prod(size)
-        extent = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if numel else 0
-        if numel and offset + extent > storage.nbytes // dtype.itemsize:
-            raise Refused("it holds a tensor that reaches outside its storage")
-        self.charge(max(numel, extent) * dtype.itemsize)
+        dtype, size, stride, extent = checked_view(storage, offset, size, stride, dtype)
+        self.charge(max(math.prod(size), extent) * dtype.itemsize)
         result = torch.empty(0, dtype=dtype, device="cpu")
         self._pending.append((result, storage, offset, extent, size, stride))
         return result
@@ -94,25 +90,42 @@ class TensorBuilder:
             if not extent:
                 result.resize_(size)
                 continue
-            if storage.data is None or len(storage.data) != storage.nbytes:
-                raise Damaged("a storage has another size than its tensors say")
             itemsize = result.dtype.itemsize
-            raw = bytearray(storage.data[offset * itemsize : (offset + extent) * itemsize])
-            result.set_(_from_bytes(raw, result.dtype).as_strided(size, stride).clone())
+            raw = bytearray(storage.content()[offset * itemsize : (offset + extent) * itemsize])
+            result.set_(from_bytes(raw, result.dtype).as_strided(size, stride).clone())
         self._pending.clear()
+
+
+def checked_view(storage, offset, size, stride, dtype=None):
+    """(dtype, size, stride, elements from the first to the last one) of a tensor; Refused for one outside the storage.
+
+    dtype: where it is not the storage's.
+    """
+    if type(storage) is not Storage:
+        raise Refused("it rebuilds a tensor from something that is no storage")
+    dtype = dtype or storage.dtype
+    if not _are_counts([offset]) or not is_shape(size) or not is_shape(stride) or len(size) != len(stride):
+        raise Refused("it holds a tensor whose sizes, strides or offset are not numbers of elements")
+    if not size and not storage.count:
+        size, stride = (0,), (1,)  # before PyTorch 0.4 an empty tensor had no dimensions
+    extent = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if math.prod(size) else 0
+    if extent and offset + extent > storage.nbytes // dtype.itemsize:
+        raise Refused("it holds a tensor that reaches outside its storage")
+    return dtype, size, stride, extent
 
 
 def fill_from_array(result, dtype, shape, fortran_order, raw):
     """Turn the empty tensor `result` into a NumPy array's values: raw bytes of `dtype` in C or Fortran order."""
     if not is_shape(shape) or math.prod(shape) * dtype.itemsize != len(raw):
         raise Damaged("a NumPy array has another size than its shape says")
-    values = _from_bytes(bytearray(raw), dtype) if raw else torch.empty(0, dtype=dtype, device="cpu")
+    values = from_bytes(bytearray(raw), dtype) if raw else torch.empty(0, dtype=dtype, device="cpu")
     if fortran_order:
         values = values.reshape(shape[::-1]).permute(*reversed(range(len(shape)))).contiguous()
     result.data = values.reshape(shape).clone()  # unlike set_, this changes the dtype too
 
 
-def _from_bytes(raw, dtype):
+def from_bytes(raw, dtype):
+    """The 1-d tensor over a bytearray that is not empty. Raises Damaged for booleans other than 0 and 1."""
     if dtype is torch.bool and raw.translate(None, b"\0\1"):
         raise Damaged("a tensor of booleans holds other values than 0 and 1")
     return torch.frombuffer(raw, dtype=dtype)

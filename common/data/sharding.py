@@ -36,6 +36,37 @@ def shard(start: int, stop: int, rank: int, world_size: int) -> tuple[int, int]:
     return start + size * rank // world_size, start + size * (rank + 1) // world_size
 
 
+class StagedDraws:
+    """The random numbers of an epoch in tensors that stay where they are, and on the device the place reached in them.
+
+    A CUDA graph reads the same addresses at every replay, so both must be fixed and the place must be counted by the
+    device itself.
+    """
+
+    def __init__(self, device):
+        self.device, self.draws = torch.device(device), []
+        self.place = torch.zeros((), dtype=torch.int64, device=self.device)
+
+    def fill(self, draws):
+        """Tensors of one length, or None, which stay None; in the same shapes at each call. Begin at the first."""
+        if [None if draw is None else draw.shape for draw in draws] != [
+            None if draw is None else draw.shape for draw in self.draws
+        ]:
+            self.draws = [None if draw is None else draw.to(self.device, copy=True) for draw in draws]
+        else:
+            for mine, new in zip(self.draws, draws, strict=True):
+                if mine is not None:
+                    mine.copy_(new)
+        self.place.zero_()
+
+    def take(self, count: int) -> list[torch.Tensor | None]:
+        """The next `count` of each."""
+        places = torch.arange(count, device=self.device) + self.place
+        taken = [None if draw is None else draw.index_select(0, places) for draw in self.draws]
+        self.place += count
+        return taken
+
+
 class ShardedLoader:
     """The part of a loader that knows no images: steps, this process's share of each, and the epoch.
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from common.data.augment import augment_batch
 from common.data.image_set import ImageSet
-from common.data.sharding import ShardedLoader, seeded_generator
+from common.data.sharding import ShardedLoader, StagedDraws, seeded_generator
 
 
 class TensorLoader(ShardedLoader):
@@ -19,6 +19,7 @@ class TensorLoader(ShardedLoader):
     augment_batch.
     crop_offsets: how many offsets per axis can be drawn, from 0; default all, 2 * pad + 1. flip: with probability 1/2.
     Order and augmentation of an epoch depend on (seed, epoch) only. Call set_epoch before each epoch.
+    `stage` and `take` give the same batches to a CUDA graph, which cannot be handed new tensors at every step.
     Raises ValueError if an argument is out of range or a process would be left without images.
     """
 
@@ -49,6 +50,7 @@ class TensorLoader(ShardedLoader):
         self.device = torch.device(device)
         self.images, self.targets = image_set.images.to(self.device), image_set.targets.to(self.device)
         self.train, self.pad, self.flip = train, pad, flip
+        self._staged = None
         self._pixels = {
             "mean": None if mean is None else tuple(mean),
             "std": None if std is None else tuple(std),
@@ -59,18 +61,41 @@ class TensorLoader(ShardedLoader):
         }
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order, *crop_and_flip = (None if draw is None else draw.to(self.device) for draw in self._draw())
+        draws = [None if draw is None else draw.to(self.device) for draw in self._draw(self.epoch)]
         for start, stop in self.shards:
-            indices = order[start:stop]
-            draws = (None if draw is None else draw[start:stop] for draw in crop_and_flip)
-            images = augment_batch(self.images, indices, *draws, pad=self.pad, **self._pixels)
-            yield images, self.targets.index_select(0, indices)
+            yield self._batch([None if draw is None else draw[start:stop] for draw in draws])
 
-    def _draw(self):
-        """Order, top, left and flip of the epoch, drawn at once on the CPU: the same for every device and rank."""
+    def _batch(self, draws):
+        indices, *crop_and_flip = draws
+        images = augment_batch(self.images, indices, *crop_and_flip, pad=self.pad, **self._pixels)
+        return images, self.targets.index_select(0, indices)
+
+    def stage(self, epochs: Sequence[int] | None = None, count: int | None = None) -> None:
+        """Put the order and the augmentation of an epoch on the device, for `take`.
+
+        epochs: which, one after the other (default: that of set_epoch). count: the first so many images of each
+        (default: all). Raises ValueError with several processes: each would take its own part of a batch.
+        """
+        if len(self.shards) and self.shards[0][1] - self.shards[0][0] != self.batch_sizes[0]:
+            raise ValueError("staged batches are for one process")
+        parts = [self._draw(epoch) for epoch in ([self.epoch] if epochs is None else epochs)]
+        draws = [None if draw[0] is None else torch.cat([part[:count] for part in draw])
+                 for draw in zip(*parts, strict=True)]  # fmt: skip
+        self._staged = self._staged or StagedDraws(self.device)
+        self._staged.fill(draws)
+
+    def take(self, count: int) -> tuple[Tensor, Tensor]:
+        """The next `count` images that were staged: what iterating gives, bit for bit.
+
+        Reads nothing on the host: may be captured in a CUDA graph, each replay of which takes the next ones.
+        """
+        return self._batch(self._staged.take(count))
+
+    def _draw(self, epoch):
+        """Order, top, left and flip of an epoch, drawn at once on the CPU: the same for every device and rank."""
         if not self.train:
             return torch.arange(self.num_images), None, None, None
-        generator = seeded_generator(self.seed, self.epoch)
+        generator = seeded_generator(self.seed, epoch)
         order = torch.randperm(self.num_images, generator=generator)
         top = left = flip = None
         if self.pad:

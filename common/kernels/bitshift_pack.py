@@ -124,7 +124,7 @@ def pack_shift_weights(weight, bits, scheme):
         raise ValueError(f"pack_shift_weights: shape must be (out, in) or (out, in / groups, kh, kw), not {shape}")
     bits, base, zero = _choose_code(sign, exponent, bits, scheme)
     magnitude = torch.where(sign == 0, 0, exponent - base)
-    codes = _interleave(_arrange((sign < 0) << (bits - 1) | magnitude), bits)
+    codes = _interleave(_arrange((sign < 0).long() << (bits - 1) | magnitude), bits)
     return PackedShiftWeights(codes, bits, scheme, base, zero, tuple(sign.shape))
 
 

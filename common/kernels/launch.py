@@ -23,13 +23,27 @@ def source(stem):
 def load(stem, name, device):
     """The kernel `name` of <stem>.cu on CUDA device number `device`; compiled on first use, cached on disk by CuPy.
 
-    All kernels of a file are compiled together. Raises ImportError without CuPy, and CuPy's own errors where it cannot
-    compile, has no such kernel or no such device.
+    All kernels of a file are compiled together. Raises ImportError without CuPy, or with one for another CUDA than
+    PyTorch's, and CuPy's own errors where it cannot compile or launch, has no such kernel or no such device.
     """
     import cupy
 
+    _try_out(device)
     with cupy.cuda.Device(device):
         return _module(stem).get_function(name)
+
+
+@functools.cache
+def _try_out(device):
+    """Launch a kernel once: what does not work here shows now, where a slower path can still take over."""
+    import cupy
+
+    theirs, ours = cupy.cuda.runtime.runtimeGetVersion() // 1000, (torch.version.cuda or "").partition(".")[0]
+    if ours and theirs != int(ours):
+        raise ImportError(f"CuPy is built for CUDA {theirs}, PyTorch for CUDA {ours}: install cupy-cuda{ours}x instead")
+    with cupy.cuda.Device(device):
+        stream = _stream(torch._C._cuda_getCurrentRawStream(device), device)
+        _module("nothing").get_function("nothing")((1, 1, 1), (1, 1, 1), (), stream=stream)
 
 
 @functools.cache

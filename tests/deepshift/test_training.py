@@ -217,7 +217,8 @@ def test_gradients_add_up_over_batches(tmp_path):
         lines = engine.BatchLines("Epoch: [0]", 4, 1, top5=True, shown=False)
         options = engine.StepOptions(batch_multiplier=many)
         optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
-        engine.train_one_epoch(model, Loader(size), optimizer, lines, options, epoch=0, world=engine.World())
+        step = engine.TrainingStep(model, optimizer, "cpu", options, world=engine.World())
+        engine.train_one_epoch(step, Loader(size), lines, epoch=0)
         trained.append(model.state_dict())
     for name, value in trained[0].items():
         torch.testing.assert_close(trained[1][name], value, rtol=1e-4, atol=1e-5)

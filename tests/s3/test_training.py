@@ -176,8 +176,7 @@ def test_a_step_adds_the_regulariser_and_the_printed_loss_leaves_it_out():
         before = {name: tensor.clone() for name, tensor in training.net.state_dict().items()}
         training.optimizer.param_groups[0]["lr"] = 1e-3
         lines = engine.BatchLines("Epoch: [0]", 1, 1, False)
-        options, world = training.options, engine.World()
-        result = engine.train_one_epoch(training.net, loader, training.optimizer, lines, options, epoch=0, world=world)
+        result = engine.train_one_epoch(training.new_step(), loader, lines, epoch=0)
         found[strength] = result.loss, training.net.state_dict()
     assert found[0.5][0] == found[0.0][0]
     for name, start in before.items():

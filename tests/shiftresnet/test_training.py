@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from common.checkpoints import CheckpointError, load_checkpoint
+from shiftresnet import engine, training
 from shiftresnet import eval as evaluation
 from shiftresnet import main as training_script
-from shiftresnet import training
 from shiftresnet.runs import RunError, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,17 +156,20 @@ def test_a_small_set_is_learned(tmp_path):
     assert losses[-1] < 0.75 * losses[0]
 
 
-def test_optimizer_starts_anew_every_epoch(tmp_path, monkeypatch):
-    made = []
-    original = torch.optim.SGD
+def test_momentum_starts_from_zero_every_epoch(tmp_path, monkeypatch):
+    """As with the original's new optimizer: at the first batch of an epoch nothing is left of the one before."""
+    seen, original = [], engine.train_one_epoch
 
-    def spy(parameters, **options):
-        made.append(options)
-        return original(parameters, **options)
+    def spy(step, loader, **options):
+        (group,) = step.optimizer.param_groups
+        buffers = [state["momentum_buffer"] for state in step.optimizer.state.values()]
+        assert all(not buffer.any() for buffer in buffers) and bool(buffers) == bool(seen)
+        seen.append((group["lr"], group["momentum"], group["weight_decay"]))
+        return original(step, loader, **options)
 
-    monkeypatch.setattr(torch.optim, "SGD", spy)
+    monkeypatch.setattr(engine, "train_one_epoch", spy)
     train(tmp_path, "--epochs=4")
-    assert made == [{"lr": rate, "momentum": 0.9, "weight_decay": 5e-4} for rate in (0.1, 0.1, 0.01, 0.001)]
+    assert seen == [(rate, 0.9, 5e-4) for rate in (0.1, 0.1, 0.01, 0.001)]
 
 
 def test_published_recipe_draws_batchnorm_scales():
