@@ -84,6 +84,23 @@ def make_capturable(optimizer, device) -> bool:
     return True
 
 
+def load_state(optimizer, state: dict):
+    """optimizer.load_state_dict, but for where steps are counted: that is this run's choice, not that of the file.
+
+    Raises what load_state_dict raises for a state of another optimizer.
+    """
+    wanted = [group.get("capturable") for group in optimizer.param_groups]
+    groups = state["param_groups"]
+    if len(groups) == len(wanted):  # else load_state_dict says what is wrong
+        groups = [group if choice is None else {**group, "capturable": choice}
+                  for group, choice in zip(groups, wanted, strict=True)]  # fmt: skip
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    for state_of in optimizer.state.values():
+        step = state_of.get("step")
+        if isinstance(step, torch.Tensor) and not any(wanted):
+            state_of["step"] = step.cpu()  # reading it from the device at every step would wait for it
+
+
 def after_replay(optimizer):
     """What a step leaves to the host when it is replayed: Ranger's look ahead."""
     if not isinstance(optimizer, Ranger):

@@ -13,7 +13,7 @@ from deepshift.capture import StepGraph, why_not
 from deepshift.checkpoints import load_into, read_weights, require_same
 from deepshift.convert import round_shift_weights, shift_layers
 from deepshift.network import build_network
-from deepshift.optim import build_optimizer, make_capturable
+from deepshift.optim import build_optimizer, load_state, make_capturable
 from deepshift.packed import packed_payload
 from deepshift.quantizers import shift_l2_norm
 from deepshift.run import gpu_errors_explained
@@ -132,11 +132,7 @@ class Training:
     def load_optimizer(self, path: str, state):
         """State of an optimizer, from a checkpoint. Raises RunError if it is of another one."""
         try:
-            # where steps are counted, on the host or the device, is this run's choice (--cuda-graph)
-            mine = [{name: group[name] for name in ("capturable",) if name in group}
-                    for group in self.optimizer.param_groups]  # fmt: skip
-            groups = [{**theirs, **ours} for theirs, ours in zip(state["param_groups"], mine, strict=True)]
-            self.optimizer.load_state_dict({**state, "param_groups": groups})
+            load_state(self.optimizer, state)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(f"{path}: its optimizer does not fit this run ({error}); give the --optimizer and "
                            "--shift-depth it was trained with, or load it with --weights") from None  # fmt: skip

@@ -191,7 +191,8 @@ def _epsilon_resnet(flags, device, by_graph):
 
     def epoch(number):
         data.train.set_epoch(number)
-        run.optimizer.param_groups[0]["lr"] = run.optimizer.param_groups[1]["lr"] = 0.1 / (number + 1)
+        for group in run.optimizer.param_groups:
+            group["lr"] = run.rate / (number + 1)
         result = engine.train_one_epoch(run.steps, data.train, epoch=number + 1, epsilon=2.5, graph=graph)
         return result, run.statistics.as_dict()
 
