@@ -82,6 +82,9 @@ def record(run_dir: Path) -> Path:
         row = _row_of(header, result, str(log.relative_to(ROOT / paper)))
     except KeyError as key:
         raise ReportError(f"{run_dir / 'metrics.jsonl'} is damaged: it has no {key}; repeat the run") from None
+    if header["commit"] is None or header["commit"].endswith("-dirty"):
+        raise ReportError(f"{run_dir / 'metrics.jsonl'} is of a work tree that no commit holds ({header['commit']}): nobody "
+                          "could run it again; commit, and repeat the run")  # fmt: skip
     rows = read_results(paper)
     if any(known["log"] == row["log"] for known in rows):
         raise ReportError(f"{paper}/{row['log']} is recorded already; remove its line and log first to record another")
@@ -150,6 +153,7 @@ def table_row(rows: list[dict]) -> str:
     minutes = statistics.fmean(float(row["seconds"]) for row in rows) / 60
     best = mean_and_deviation(rows, "best_top1") + (f" ({row['best_epoch']})" if len(rows) == 1 else "")
     logs = " ".join(f"[{'log' if len(rows) == 1 else one['seed']}]({one['log']})" for one in rows)
+    logs += "²" * any(one["commit"].endswith("-dirty") for one in rows)
     command = row["command"] if len(rows) == 1 else without_seed(row["command"])
     cells = (f"`{shortened(command)}`", row["dataset"], f"{row['top1_paper']}%" if row["top1_paper"] else "none",
              mean_and_deviation(rows, "top1"), best, epochs, f"{minutes:.0f} min, {row['hardware']}", logs)  # fmt: skip
@@ -170,6 +174,8 @@ def results_table(paper: str) -> str:
     ]
     if len(groups_of_seeds(rows)) < len(rows):
         lines[-1] += " Several seeds: mean ± standard deviation."
+    if any(row["commit"].endswith("-dirty") for row in rows):  # recorded before such runs were refused
+        lines[-1] += " ² Of a work tree with changes that were not committed: the commit in the log does not hold them."
     return "\n".join(lines)
 
 
@@ -213,7 +219,9 @@ def plot_curves(paper: str) -> Path | None:
     for index, group in enumerate(groups):
         epochs = list(zip(*(read_epochs(paper, row) for row in group), strict=True))  # the same epoch of each seed
         numbers = [same[0]["epoch"] + 1 for same in epochs]
-        style = {"color": f"C{index % 10}", "marker": "os^D"[index // 10 % 4], "markersize": 3}
+        style = {"color": f"C{index % 10}"}
+        if len(numbers) <= 30:  # more of them are a caterpillar
+            style |= {"marker": "os^D"[index // 10 % 4], "markersize": 3}
         label = curve_label(group[0], groups)
         mean = {key: [statistics.fmean(line[key] for line in same) for same in epochs]
                 for key in ("test_top1", "train_loss", "test_loss")}  # fmt: skip

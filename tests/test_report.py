@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,36 @@ def test_readme_table_is_generated_from_the_records(paper):
 
 
 @pytest.mark.parametrize("paper", PAPERS)
-def test_records_agree_with_their_logs(paper):
+def test_records_agree_with_their_logs_in_every_column(paper):
     for row in report.read_results(paper):
         header, *epochs, result = [json.loads(line) for line in (ROOT / paper / row["log"]).read_text().splitlines()]
-        assert len(epochs) == int(row["epochs"]) and epochs[-1]["test_top1"] == result["top1"]
-        for name in ("top1", "best_top1"):
-            assert float(row[name]) == result[name]
-        assert (row["command"], int(row["params"])) == (header["command"], header["params"])
-        assert row["top1_paper"] == report.published_top1(paper, header["reproduces"])
+        seen = [line["test_top1"] for line in epochs]
+        assert [line["epoch"] for line in epochs] == list(range(int(row["epochs"])))
+        assert (seen[-1], max(seen)) == (result["top1"], result["best_top1"]), row["log"]
+        assert result["best_epoch"] == seen.index(max(seen)), "the first of the best"
+        expected = {
+            **{name: result[name] for name in ("epochs", "epochs_in_paper", "top1", "best_top1", "best_epoch")},
+            **{name: header[name] for name in ("command", "reproduces", "seed", "params", "macs", "hardware", "commit")},
+            "script": header["command"].split()[1],
+            "dataset": header["data"],
+            "top1_paper": report.published_top1(paper, header["reproduces"]),
+            "seconds": round(result["seconds"]),
+            "versions": " ".join(f"{package} {version}" for package, version in header["versions"].items()),
+            "log": row["log"],
+        }
+        assert row == {name: "" if value is None else str(value) for name, value in expected.items()}
+
+
+def test_commits_of_records_exist():
+    """All of them are in this repository's history; five, from before that was asked, had more changes beside them."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git history here: the commits of records are not looked up")
+    commits = [row["commit"] for paper in PAPERS for row in report.read_results(paper)]
+    missing = [commit for commit in set(commits) if subprocess.run(
+        ["git", "-C", ROOT, "cat-file", "-e", commit.removesuffix("-dirty") + "^{commit}"], capture_output=True
+    ).returncode]  # fmt: skip
+    assert not missing
+    assert sum(commit.endswith("-dirty") for commit in commits) <= 5, "new ones are refused"
 
 
 @pytest.fixture
@@ -110,6 +133,15 @@ def test_an_unfinished_or_missing_run_is_refused(repository, capsys):
     assert "the run is not finished; go on with --resume" in capsys.readouterr().err
     assert report.main(["--record", str(repository / "nothing")]) == 1
     assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("commit", ("null", '"abc-dirty"'))
+def test_a_run_that_no_commit_holds_is_refused(repository, capsys, commit):
+    metrics = write_run(repository / "shiftresnet20_3.0") / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"commit": "abc"', f'"commit": {commit}'))
+    assert report.main(["--record", str(metrics.parent)]) == 1
+    assert "is of a work tree that no commit holds" in capsys.readouterr().err
+    assert not (repository / "shiftresnet" / "results.csv").exists()
 
 
 @pytest.mark.parametrize(
