@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from common.data import DataError, ImageFolderLoader, augment_batch, write_digits_folder
-from common.data.image_folder import list_images
+from common.data.folders import list_images, read_rgb
 from common.data.sharding import ShardedLoader, seeded_generator
 
 MEAN = (0.485, 0.456, 0.406)
@@ -102,14 +102,9 @@ class TrainingImages(Dataset):
         return len(self._paths)
 
     def __getitem__(self, key):
-        from PIL import Image
-
-        path = os.fsdecode(self._paths[key[-1]])
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except Exception as error:  # decoders meet damage in many ways
-            return DataError(f"{path} cannot be read as an image ({error}); restore it, or remove it and run again")
+        image = read_rgb(os.fsdecode(self._paths[key[-1]]))
+        if isinstance(image, DataError):
+            return image
         pixels = distort(image, self._size, seeded_generator(*key))
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), int(self._targets[key[-1]])
 
@@ -119,7 +114,7 @@ class ImagenetLoader(ShardedLoader):
 
     def __init__(self, root, batch_size, *, mean, std, size, workers, limit, seed, device, rank, world_size,
                  channels_last):  # fmt: skip
-        self.classes, samples = list_images(Path(root) / "train", limit)
+        self.classes, samples = list_images(Path(root), "train", limit)
         super().__init__(len(samples), batch_size, seed=seed, rank=rank, world_size=world_size)
         self.images, self.workers, self.device = TrainingImages(samples, size), workers, torch.device(device)
         self._pixels = {"mean": mean, "std": std, "channels_last": channels_last}

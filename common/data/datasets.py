@@ -42,6 +42,8 @@ class DataFile(NamedTuple):
 def load_dataset(name: str, data_dir: str | os.PathLike, *, split: str, download: bool = True) -> ImageSet:
     """A data set of `data_dir`, downloaded there first if it is absent and `download` is true.
 
+    data_dir: torchvision's root; the folder that holds the files themselves (cifar-10-batches-py) is taken, too.
+
     name: mnist (1x28x28), cifar10, cifar100 (fine labels), svhn (3x32x32; label 10 is the digit 0, as in torchvision).
     split: train or test; svhn also extra and train+extra. Several processes may call this at once: one downloads.
     Raises DataError if a file is damaged, absent and cannot be had, or unreadable; ValueError for unknown names.
@@ -51,8 +53,8 @@ def load_dataset(name: str, data_dir: str | os.PathLike, *, split: str, download
     splits = ("train", "test", "extra", "train+extra") if name == "svhn" else ("train", "test")
     if split not in splits:
         raise ValueError(f"{name} has no split {split!r}; choose from {', '.join(splits)}")
-    root = Path(data_dir).expanduser()
     files = _needed_files(name, split)
+    root = _folder_of(Path(data_dir).expanduser(), files)
     if _missing(root, files):
         _provide(name, split, root, files, download)
     images, targets, classes = _READERS[name](root, files)
@@ -89,6 +91,15 @@ def _present(root, alternatives):
 
 def _missing(root, files):
     return [alternatives[0] for alternatives in files if _present(root, alternatives) is None]
+
+
+def _folder_of(root, files):
+    """root; or, if that is the set's own folder (…/cifar-10-batches-py, …/MNIST/raw), the one that it lies in."""
+    folder, inner = root.resolve(), Path(files[0][0].path).parent.parts
+    for count in range(1, len(inner) + 1):
+        if folder.parts[-count:] == inner[:count] and not _missing(folder.parents[count - 1], files):
+            return folder.parents[count - 1]
+    return root
 
 
 def _verified(root, file):

@@ -1,7 +1,6 @@
 """ImageNet-style folders, root/{train,val}/<class>/<image>: worker processes decode and crop, the device normalises."""
 
 import os
-import textwrap
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.data.augment import augment_batch
+from common.data.folders import list_images, read_rgb
 from common.data.image_set import DataError
 from common.data.sharding import ShardedLoader, seeded_generator
 
@@ -24,7 +24,9 @@ class ImageFolderLoader(ShardedLoader):
     classes: the folders of root/<split>, sorted. limit: only so many images, taken from all classes in turn.
     workers: decoding processes; 0: in this one. batch_size, rank, world_size, seed, set_epoch: as in TensorLoader; the
     crop and flip of an image depend on (seed, epoch, image) only.
-    Raises DataError for a folder without classes, a class without images and, by path, an image that cannot be decoded.
+    Which folders and files count, and what is refused: see list_images and read_rgb.
+    Raises DataError for a folder without classes, a class without images, train/ and val/ of different classes and, by
+    path, an image that cannot be decoded.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class ImageFolderLoader(ShardedLoader):
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
     ):
-        self.classes, samples = list_images(Path(root).expanduser() / ("train" if train else "val"), limit)
+        self.classes, samples = list_images(Path(root).expanduser(), "train" if train else "val", limit)
         super().__init__(len(samples), batch_size, seed=seed, rank=rank, world_size=world_size)
         self.train, self.device = train, torch.device(device)
         self._pixels = {"mean": tuple(mean), "std": tuple(std), "dtype": dtype, "channels_last": channels_last}
@@ -111,14 +113,9 @@ class FolderImages(Dataset):
         return len(self._paths)
 
     def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, int] | DataError:
-        from PIL import Image
-
-        path = os.fsdecode(self._paths[key[-1]])
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except Exception as error:  # decoders meet damage in many ways: OSError, SyntaxError, ValueError, struct.error
-            return DataError(f"{path} cannot be read as an image ({error}); restore it, or remove it and run again")
+        image = read_rgb(os.fsdecode(self._paths[key[-1]]))
+        if isinstance(image, DataError):
+            return image
         return self._transform(image, key), int(self._targets[key[-1]])
 
     def _transform(self, image, key):
@@ -135,37 +132,6 @@ class FolderImages(Dataset):
         finally:
             torch.set_rng_state(state)
         return transforms.PILToTensor()(cropped)
-
-
-def list_images(folder: Path, limit: int | None = None) -> tuple[list[str], list[tuple[str, int]]]:
-    """Names of the classes of `folder`, and (path, index of the class) of every image, in torchvision's order.
-
-    limit: that many images, the first of every class, then the second of every class, …
-    Raises DataError if there are no classes, a class has no images, or limit < 1.
-    """
-    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
-
-    try:
-        classes, class_to_index = find_classes(str(folder))
-        samples = make_dataset(str(folder), class_to_index, IMG_EXTENSIONS)
-    except OSError as error:
-        reason = error.strerror or textwrap.shorten(str(error), 200)  # the latter may list a thousand classes
-        raise DataError(
-            f"{folder}: {reason}; {folder.parent} must hold train/ and val/, each with one folder of images per class "
-            "(or use --embedded-data)"
-        ) from None
-    return classes, samples if limit is None else _from_all_classes(samples, limit)
-
-
-def _from_all_classes(samples, limit):
-    if limit < 1:
-        raise DataError(f"cannot train on {limit} images; --train-size must be at least 1")
-    seen, position = {}, []
-    for _, target in samples:
-        position.append((seen.setdefault(target, 0), target))
-        seen[target] += 1
-    order = sorted(range(len(samples)), key=position.__getitem__)
-    return [samples[index] for index in order[:limit]]
 
 
 def _stack_or_error(items):

@@ -1,16 +1,19 @@
 """ImageFolderLoader: torchvision's pixels, independent of workers and ranks, and damaged images named."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from common.data import DataError, ImageFolderLoader, write_digits_folder
+from common.data import DataError, ImageFolderLoader, folders, write_digits_folder
+from common.data.folders import read_rgb
 from common.data.sharding import seeded_generator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -219,3 +222,88 @@ def test_worker_processes_end_with_the_loader(digits_folder):
     workers = loader._loader._iterator._workers
     del loader
     assert not any(worker.is_alive() for worker in workers)
+
+
+def pixels_of(path, array, mode=None):
+    from PIL import Image
+
+    Image.fromarray(array, mode).save(path) if mode else Image.fromarray(array).save(path)
+    return read_rgb(str(path))
+
+
+def test_sixteen_bits_become_eight_by_their_scale(tmp_path):
+    """`convert("RGB")` alone makes every value above 255 white."""
+    levels = np.array([[0, 128, 257, 32768, 65407, 65535]], dtype=np.uint16)
+    for name in ("a.png", "b.tif"):
+        found = np.asarray(pixels_of(tmp_path / name, levels))
+        assert found.shape == (1, 6, 3) and (found == found[..., :1]).all()
+        assert found[0, :, 0].tolist() == [0, 0, 1, 128, 255, 255]  # 65535 / 255 = 257 to a level
+
+
+@pytest.mark.parametrize("array, kind", [
+    (np.ones((2, 2), dtype=np.int32), "32-bit integers"), (np.ones((2, 2), dtype=np.float32), "floats"),
+])  # fmt: skip
+def test_pixels_of_unknown_scale_are_refused_by_file(tmp_path, array, kind):
+    found = pixels_of(tmp_path / "deep.tif", array)
+    assert isinstance(found, DataError) and str(tmp_path / "deep.tif") in str(found) and kind in str(found)
+
+
+def test_eight_bits_of_any_mode_are_what_convert_makes_of_them(tmp_path):
+    from PIL import Image
+
+    colours = np.random.default_rng(0).integers(256, size=(4, 5, 3), dtype=np.uint8)
+    for mode, suffix in (("RGB", "png"), ("L", "png"), ("P", "png"), ("CMYK", "jpg"), ("RGBA", "png"), ("1", "png")):
+        image = Image.fromarray(colours).convert(mode)
+        image.save(tmp_path / f"{mode}.{suffix}")
+        expected = Image.open(tmp_path / f"{mode}.{suffix}").convert("RGB")
+        assert np.array_equal(np.asarray(read_rgb(str(tmp_path / f"{mode}.{suffix}"))), np.asarray(expected))
+
+
+def load(root, train=True):
+    return ImageFolderLoader(root, 4, train=train, size=32, workers=0, **PIXELS)
+
+
+def test_names_with_a_leading_dot_are_neither_classes_nor_images(small_folder, capsys, monkeypatch):
+    """A notebook's folder would shift every label, a file manager's files are no pictures."""
+    monkeypatch.setattr(folders, "_told", set())
+    before = samples_of(load(small_folder))
+    hidden = small_folder / "train" / ".ipynb_checkpoints"
+    hidden.mkdir()
+    shutil.copy(small_folder / "train" / "cat" / "0.jpg", hidden)
+    (small_folder / "train" / "cat" / "._0.jpg").write_bytes(b"AppleDouble")
+    shutil.copytree(hidden, small_folder / "train" / "dog" / ".thumbnails")
+    for _ in range(2):
+        loader = load(small_folder)
+        assert (loader.classes, samples_of(loader)) == (["cat", "dog"], before)
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in told] == ["note"] * 2, "each kind once"
+    assert ".ipynb_checkpoints" in told[0] and "._0.jpg" in told[1]
+
+
+def test_links_out_of_a_class_are_not_followed_and_images_are_read_once(small_folder, tmp_path_factory, capsys):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    before = samples_of(load(small_folder))
+    (small_folder / "train" / "cat" / "all").symlink_to(small_folder / "train")
+    (small_folder / "train" / "cat" / "round").symlink_to(small_folder / "train" / "cat")
+    assert samples_of(load(small_folder)) == before
+    assert "not followed, a link out of its class" in capsys.readouterr().err
+    shutil.move(small_folder / "train" / "dog", elsewhere / "dog")  # a class may be a link, and an image too
+    (small_folder / "train" / "dog").symlink_to(elsewhere / "dog")
+    shutil.move(elsewhere / "dog" / "1.jpg", elsewhere / "1.jpg")
+    (elsewhere / "dog" / "1.jpg").symlink_to(elsewhere / "1.jpg")
+    assert samples_of(load(small_folder)) == before
+
+
+@pytest.mark.parametrize("train", (True, False))
+def test_splits_of_different_classes_are_refused(small_folder, train):
+    """Labels are places in the list of folders: with other folders the same label is another class."""
+    for place in ("train", "val"):
+        assert load(small_folder, train).classes == ["cat", "dog"]
+        extra = small_folder / place / "ant"
+        extra.mkdir()
+        shutil.copy(small_folder / "train" / "cat" / "0.jpg", extra)
+        with pytest.raises(DataError, match=r"different classes \(ant in one of them only\)"):
+            load(small_folder, train)
+        shutil.rmtree(extra)
+    shutil.rmtree(small_folder / "train")
+    assert load(small_folder, train=False).classes == ["cat", "dog"]  # a test needs no training images

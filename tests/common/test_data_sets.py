@@ -373,3 +373,16 @@ def test_unknown_names_are_refused(tmp_path):
         load_dataset("cifar", tmp_path, split="train")
     with pytest.raises(ValueError, match="choose from train, test"):
         load_dataset("cifar10", tmp_path, split="extra")
+
+
+def test_the_folder_of_the_files_themselves_is_taken(cifar, mnist, tmp_path):
+    """Not downloaded into: what is there is found. Another folder beside it is not."""
+    name, files, _ = cifar
+    write(tmp_path, files)
+    write(tmp_path, mnist)
+    for name, place in ((name, os.path.dirname(next(iter(files)))), ("mnist", "MNIST/raw"), ("mnist", "MNIST")):
+        direct = load_dataset(name, tmp_path, split="test", download=False)
+        found = load_dataset(name, tmp_path / place, split="test", download=False)
+        assert torch.equal(found.images, direct.images) and torch.equal(found.targets, direct.targets)
+    (tmp_path / "other").mkdir()
+    assert "not found" in error_of("mnist", tmp_path / "other", split="test", download=False)
