@@ -19,7 +19,10 @@ import statistics
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there with PYTHONSAFEPATH
+
 from reporting import records
+from reporting.figures import pyplot
 from reporting.records import COLUMNS, OTHER_TABLES, PAPERS, ReportError
 
 ROOT = Path(__file__).resolve().parent
@@ -83,8 +86,10 @@ def record(run_dir: Path) -> Path:
     except KeyError as key:
         raise ReportError(f"{run_dir / 'metrics.jsonl'} is damaged: it has no {key}; repeat the run") from None
     if header["commit"] is None or header["commit"].endswith("-dirty"):
-        raise ReportError(f"{run_dir / 'metrics.jsonl'} is of a work tree that no commit holds ({header['commit']}): nobody "
-                          "could run it again; commit, and repeat the run")  # fmt: skip
+        raise ReportError(
+            f"{run_dir / 'metrics.jsonl'} is of a work tree that no commit holds ({header['commit']}): "
+            "nobody could run it again; commit, and repeat the run"
+        )
     rows = read_results(paper)
     if any(known["log"] == row["log"] for known in rows):
         raise ReportError(f"{paper}/{row['log']} is recorded already; remove its line and log first to record another")
@@ -208,12 +213,7 @@ def plot_curves(paper: str) -> Path | None:
     rows = read_results(paper)
     if not rows:
         return None
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "curves"  # the same file from the same records
-    import matplotlib.pyplot as plt
-
+    plt = pyplot(svg_hashsalt="curves")  # the same file from the same records
     figure, (error_axes, loss_axes) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     groups = groups_of_seeds(rows)
     for index, group in enumerate(groups):
@@ -273,6 +273,10 @@ def write_page(args) -> int:
     """The page; exit status 1 if the repository's own records are damaged, which the page shows."""
     from reporting.build import build
 
+    for folder in args.runs:
+        if not folder.is_dir():
+            what = "is a file" if folder.exists() else "does not exist"
+            raise ReportError(f"{folder} {what}; give a folder in which runs are")
     try:
         path, damages = build(ROOT, args.runs or [Path("runs")], args.output_dir, args.latency)
     except OSError as error:

@@ -6,7 +6,8 @@
     bash run_all.sh --only shiftresnet -- --amp bf16    # flags after -- go to this paper's training commands
 
 Runs go to runs/<paper>/<digits, short or full>/, each with a log beside it; the page that sums them up to
-report/index.html. A finished job is not repeated, an interrupted one goes on where it was.
+report/index.html (with --output-dir DIR to DIR/report). A finished job is not repeated, an interrupted one goes on
+where it was.
 """
 
 import argparse
@@ -22,10 +23,11 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there with PYTHONSAFEPATH
+
 from jobs import DIGITS, PAPERS, Job, setting_of
 
 ROOT = Path(__file__).resolve().parent
-REPORT = Path("report")
 LAST_LINES = 12
 SECONDS_BETWEEN_LINES = 60  # of a run's progress, where there is no terminal
 SECONDS_BETWEEN_SHOWS = 0.5  # on a terminal
@@ -223,8 +225,12 @@ def print_results(jobs: list[Job]):
 
 
 def write_report(output: Path) -> bool:
-    """Let report.py sum up the runs in a page and say where it is. False if that failed."""
-    command = ["report.py", str(output), "--output-dir", str(REPORT)]
+    """Let report.py sum up the runs in a page and say where it is. False if that failed.
+
+    Of runs elsewhere the page is there, too: the source tree may be read-only, or somebody else's.
+    """
+    page = Path("report") if output == Path("runs") else output / "report"
+    command = ["report.py", str(output), "--output-dir", str(page)]
     print("\nwriting the report ...", flush=True)
     done = subprocess.run([sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     if done.returncode:

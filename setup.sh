@@ -12,7 +12,7 @@ _driver_major() {  # of NVIDIA's driver, such as 535; empty where there is none
     | grep -oE '[0-9]{3,}\.[0-9]+' | head -n 1 | cut -d. -f1 || true
 }
 
-_root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+_root=$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd)
 _requirements=${1:-requirements.txt}
 _oldest_for_cuda13=580
 

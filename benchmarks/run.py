@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from reporting.figures import pyplot
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 README = HERE.parent / "common" / "kernels" / "README.md"
@@ -116,12 +118,7 @@ def plot(paths: list[Path], target: Path) -> bool:
     bars = [bar for path in paths if path.exists() for bar in read_bars(path)]
     if not bars:
         return False
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "kernels"  # the same file from the same records
-    import matplotlib.pyplot as plt
-
+    plt = pyplot(svg_hashsalt="kernels")  # the same file from the same records
     families = {
         family: [bar for bar in bars if bar.family == family] for family in dict.fromkeys(b.family for b in bars)
     }

@@ -2,8 +2,9 @@
 # The rows of one data set's tables, called by sweep_cifar10.sh and sweep_imagenet.sh:  sweep.sh DATASET FOLDER [extra flags]
 # Runs every command of published.csv one after the other, float networks before those that start from them. FOLDER: of
 # ImageNet, '' for CIFAR-10. Runs go to ./models (OUTPUT=DIR: to DIR). A failed run does not stop the rest.
+[ -n "${BASH_VERSION:-}" ] || { echo "$0: start it with bash: bash $0" >&2; exit 2; }
 set -uo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd)
 python=${PYTHON:-$([ -x "$here/../.venv/bin/python" ] && echo "$here/../.venv/bin/python" || echo python3)}
 dataset=$1 folder=$2
 shift 2

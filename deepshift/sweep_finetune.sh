@@ -5,8 +5,9 @@
 # The file is of github.com/akamaster/pytorch_resnet_cifar10, whose networks see images normalized as ImageNet's. Runs go to
 # ./models (OUTPUT=DIR: to DIR), a chain for each processor (JOBS=N: N), each on one thread. A finished run is skipped, an
 # interrupted one goes on. DRY_RUN=1 prints the commands.
+[ -n "${BASH_VERSION:-}" ] || { echo "$0: start it with bash: bash $0" >&2; exit 2; }
 set -uo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd)
 export python=${PYTHON:-$([ -x "$here/../.venv/bin/python" ] && echo "$here/../.venv/bin/python" || echo python3)}
 export here OMP_NUM_THREADS=1
 

@@ -4,8 +4,9 @@
 # Runs of a seed go to models/seed<N>/ (OUTPUT=DIR: to DIR/seed<N>/). As many chains of runs as there are processors go at
 # a time (JOBS=N: that many), each on one thread. Finished runs are skipped, an interrupted one goes on.
 # SEEDS="1 2" chooses other seeds, DRY_RUN=1 prints the commands.
+[ -n "${BASH_VERSION:-}" ] || { echo "$0: start it with bash: bash $0" >&2; exit 2; }
 set -uo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd)
 python=${PYTHON:-$([ -x "$here/../.venv/bin/python" ] && echo "$here/../.venv/bin/python" || echo python3)}
 
 # chain SEED TYPE [flags]: the five runs of one network and seed, one after the other.

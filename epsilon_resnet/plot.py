@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from epsilon_resnet import flags
 from epsilon_resnet.engine import run_script
+from epsilon_resnet.figures import pyplot
 from epsilon_resnet.models import config_from_dict
 from epsilon_resnet.runs import RunError, read_metrics
 
@@ -41,11 +42,7 @@ def read_run(path: Path) -> tuple[dict, list[dict]]:
 
 def plot_curves(header: dict, epochs: list[dict], target: Path):
     """Error, learning rate and closed blocks over epochs, one panel each, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     numbers = [line["epoch"] + 1 for line in epochs]
     figure, panels = plt.subplots(3, 1, figsize=(8, 8), sharex=True, layout="constrained")
     for name, style in (("test", "o-"), ("train", ".--")):
@@ -70,11 +67,7 @@ def plot_curves(header: dict, epochs: list[dict], target: Path):
 
 def plot_blocks(header: dict, epochs: list[dict], target: Path):
     """Strip chart: one row per block, one column per epoch, dark where the gate is closed, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     names = config_from_dict(header["config"]).block_names
     states = [list(column) for column in zip(*(line["is_discarded"] for line in epochs), strict=True)]
     figure, axes = plt.subplots(figsize=(8, 1.5 + 0.12 * max(len(names), 12)), layout="constrained")

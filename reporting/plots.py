@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from reporting.figures import pyplot
+
 PALETTE = ("#0b5fa5", "#b3510f", "#1c7a3e", "#8a2d8f", "#b3202c", "#0b7a75", "#7a6a00", "#5a6270")  # --c0 to --c7
 INK, GRID, PAPER = "#1d2228", "#d5d9de", "#fffffe"  # --ink, --grid, --paper
 BACKGROUND = "#ffffff"  # of the files; none on the page
@@ -98,6 +100,7 @@ class Plotter:
 
 def _figure(legend_lines):
     """An empty figure with room for its legend below. Fixed margins: layout engines take most of the drawing's time."""
+    pyplot()  # with matplotlib's own settings
     from matplotlib.figure import Figure
 
     legend = 0.1 + 0.17 * legend_lines

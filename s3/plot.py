@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from s3.figures import pyplot
 from s3.runs import read_metrics
 
 # title, unit, scale of the axis, and per curve: key, factor, style, name
@@ -60,12 +61,7 @@ def curve(runs: list[list[dict]], key: str) -> list[float] | None:
 
 def plot(groups: dict, output: Path):
     """Draw all panels to output (.png) and the same as .svg."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "s3"  # the same file from the same runs
-    import matplotlib.pyplot as plt
-
+    plt = pyplot(svg_hashsalt="s3")  # the same file from the same runs
     figure, axes = plt.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3.6), layout="constrained")
     for ax, (title, unit, scale, series) in zip(axes, PANELS, strict=True):
         for index, runs in enumerate(groups.values()):

@@ -3,8 +3,9 @@
 #   bash s3/sweep_cifar10.sh [flags for main.py, e.g. --data-dir DIR --epochs 20 --train-size 10000]
 # SEEDS="1 2 3" and JOBS=2 runs at a time, one thread each; OUTPUT=DIR replaces runs/s3; METHODS="s3 denseshift float".
 # Finished runs are skipped, an interrupted one goes on. DRY_RUN=1 prints the commands.
+[ -n "${BASH_VERSION:-}" ] || { echo "$0: start it with bash: bash $0" >&2; exit 2; }
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null
 if [[ -n "${PYTHON:-}" ]]; then python="$PYTHON"; elif [[ -x .venv/bin/python ]]; then python=.venv/bin/python; else python=python3; fi
 output=${OUTPUT:-runs/s3}
 runs=()

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shared_bases import engine
+from shared_bases.figures import pyplot
 from shared_bases.plot_tradeoff import find_logs
 from shared_bases.runs import RunError
 
@@ -59,11 +60,7 @@ def read_curve(log: Path) -> Curve | None:
 
 def draw(curves: list[Curve], path: str):
     """Two panels over epochs: a colour per network, dashed where lambdaR is 0."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     colours = {network: f"C{index}" for index, network in enumerate(sorted({curve.network for curve in curves}))}
     for axes, (name, (title, ylabel)) in zip(panels, PANELS.items(), strict=True):

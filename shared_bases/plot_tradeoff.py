@@ -22,6 +22,7 @@ import torch
 
 from shared_bases import engine
 from shared_bases.count import count_parameters, count_ptflops, published_rows
+from shared_bases.figures import pyplot
 from shared_bases.models import IMAGE_SIZES, MODELS, Config, build_model
 from shared_bases.runs import PUBLISHED, RunError
 
@@ -111,11 +112,7 @@ def recorded_point(log: Path) -> Point | None:
 
 def draw(points: list[Point], path: str):
     """One row per data set, one more for its short runs: error against parameters and FLOPs; a colour per model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     rows = [row for title in TITLES.values() for row in (title, f"{title}, short runs here")]
     rows = [row for row in rows if any(point.row == row for point in points)]
     figure, panels = plt.subplots(len(rows), 2, figsize=(11, 3.8 * len(rows)), layout="constrained", squeeze=False)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from shared_bases import engine
 from shared_bases.checkpoints import existing_path, network_of, read_checkpoint
+from shared_bases.figures import pyplot
 from shared_bases.regulariser import basis_matrices, own_bases
 from shared_bases.runs import RunError
 
@@ -91,11 +92,7 @@ def print_table(groups: list[GroupSimilarity]):
 
 def draw(matrices: list[Tensor], groups: list[GroupSimilarity], title: str, path: str):
     """Absolute cosines between the shared filters of each group, one panel per group."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, panels = plt.subplots(
         1, len(matrices), figsize=(3.2 * len(matrices) + 1, 3.6), layout="constrained", squeeze=False
     )

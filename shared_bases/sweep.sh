@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Train the rows of one data set's tables, called by sweep_<dataset>.sh:  sweep.sh DATASET [extra flags for train_<dataset>.py]
 # Runs one after the other in the calling directory, so checkpoints land in ./checkpoint; a failed run does not stop the rest.
+[ -n "${BASH_VERSION:-}" ] || { echo "$0: start it with bash: bash $0" >&2; exit 2; }
 set -uo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd)
 python=${PYTHON:-$([ -x "$here/../.venv/bin/python" ] && echo "$here/../.venv/bin/python" || echo python3)}
 dataset=$1
 shift

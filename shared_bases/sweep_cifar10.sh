@@ -2,5 +2,6 @@
 # Train every row of the README's CIFAR-10 table.
 #   shared_bases/sweep_cifar10.sh [extra flags for train_cifar10.py, e.g. --dataset_path DIR --seed 1]
 # Finished runs are skipped, an interrupted one goes on. DRY_RUN=1 prints the commands.
+[ -n "${BASH_VERSION:-}" ] || { echo "$0: start it with bash: bash $0" >&2; exit 2; }
 set -euo pipefail
 exec bash "$(dirname "${BASH_SOURCE[0]}")/sweep.sh" cifar10 "$@"

@@ -380,9 +380,10 @@ def test_the_folder_of_the_files_themselves_is_taken(cifar, mnist, tmp_path):
     name, files, _ = cifar
     write(tmp_path, files)
     write(tmp_path, mnist)
-    for name, place in ((name, os.path.dirname(next(iter(files)))), ("mnist", "MNIST/raw"), ("mnist", "MNIST")):
-        direct = load_dataset(name, tmp_path, split="test", download=False)
-        found = load_dataset(name, tmp_path / place, split="test", download=False)
+    own = os.path.dirname(next(iter(files)))
+    for kind, place in ((name, own), ("mnist", "MNIST/raw"), ("mnist", "MNIST")):
+        direct = load_dataset(kind, tmp_path, split="test", download=False)
+        found = load_dataset(kind, tmp_path / place, split="test", download=False)
         assert torch.equal(found.images, direct.images) and torch.equal(found.targets, direct.targets)
     (tmp_path / "other").mkdir()
     assert "not found" in error_of("mnist", tmp_path / "other", split="test", download=False)
