@@ -85,7 +85,7 @@ def record(run_dir: Path) -> Path:
         row = _row_of(header, result, str(log.relative_to(ROOT / paper)))
     except KeyError as key:
         raise ReportError(f"{run_dir / 'metrics.jsonl'} is damaged: it has no {key}; repeat the run") from None
-    if header["commit"] is None or header["commit"].endswith("-dirty"):
+    if not header["commit"] or header["commit"].endswith("-dirty"):
         raise ReportError(
             f"{run_dir / 'metrics.jsonl'} is of a work tree that no commit holds ({header['commit']}): "
             "nobody could run it again; commit, and repeat the run"

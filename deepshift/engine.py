@@ -15,6 +15,7 @@ from torch import nn
 
 from common.checkpoints import CheckpointError
 from common.data import DataError
+from common.kernels import without_tf32
 from deepshift.capture import LossLog, run_steps
 from deepshift.optim import after_replay
 from deepshift.run import RunError, World, choose_device, join_processes, world_of_environment
@@ -253,6 +254,7 @@ class TrainingStep:
         return logged, logits.detach(), targets
 
 
+@without_tf32()
 def train_one_epoch(step: TrainingStep, loader, lines, *, epoch, graph=None) -> Result:
     """One pass over the training set.
 
@@ -289,6 +291,7 @@ def logits_of(output):
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
+@without_tf32()
 @torch.no_grad()
 def evaluate(
     model: nn.Module, loader, lines=None, *, world=World(), compare: Callable | None = None, graph=None

@@ -11,6 +11,7 @@ from deepshift.convert import convert_to_shift, convert_to_unoptimized, shift_la
 from deepshift.modules_unoptimized import UnoptimizedConv2d, UnoptimizedLinear
 from deepshift.runs import RunError, label
 from deepshift.zoo import build_model
+from deepshift.zoo.pooling import order_pool_gradients
 
 FLOAT_LAYERS = (nn.Linear, nn.Conv2d)
 
@@ -55,6 +56,8 @@ def build_network(args, dataset: str, say=print) -> Network:
         network.config = {**loaded.config, "arch": arch, "normalize": network.config["normalize"]}
     if after is not None:
         load_converted(network, after, say)
+    if args.deterministic:
+        order_pool_gradients(model)
     _check_weights(model, say)
     return network
 

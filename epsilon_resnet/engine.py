@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from common.checkpoints import CheckpointError
 from common.data import DataError
+from common.kernels import without_tf32
 from epsilon_resnet.averages import top_k_errors, top_ks
 from epsilon_resnet.capture import LossLog, run_steps
 from epsilon_resnet.inputs import TEST_BATCH_SIZE
@@ -19,8 +20,10 @@ from epsilon_resnet.run import (
     World,
     choose_device,
     gpu_errors_explained,
+    has_gpu,
     join_processes,
     numbered_gpu,
+    nvidia_problem,
     world_of_environment,
 )
 
@@ -50,7 +53,7 @@ def needs_processes(gpu: str | None, device: str) -> int:
         return 0
     if device == "cpu":
         return len(ids)
-    if device not in ("auto", "cuda") or not torch.cuda.is_available():
+    if device not in ("auto", "cuda") or not has_gpu():
         return 0
     for number in ids:  # here, because each of the processes would say it
         numbered_gpu(number, f"--gpu {gpu}")
@@ -81,10 +84,10 @@ def _device(world, gpu, name):
     ids = gpu_ids(gpu)
     if not ids or name not in ("auto", "cuda"):
         return choose_device(name, world)
-    if name == "auto" and not torch.cuda.is_available():
-        if world.is_main:
+    if name == "auto" and not has_gpu():
+        if world.is_main and nvidia_problem() is None:  # else choose_device says more
             print("warning: no CUDA device here, --gpu is ignored and the CPU used", file=sys.stderr)
-        return torch.device("cpu")
+        return choose_device("auto", world)
     if len(ids) < world.local_size:
         raise RunError(
             f"--gpu {gpu}: {world.local_size} processes of this machine would share {len(ids)} of its GPUs; name one "
@@ -236,6 +239,7 @@ def _update(cost, optimizer, scaler):
 
 
 @gpu_errors_explained(TEST_BATCH_SIZE)
+@without_tf32()
 @torch.no_grad()
 def evaluate(model, batches, *, world=World(), shown=True) -> dict:
     """Meter.result() over the whole test set, each image once, in float32 whatever --amp says.

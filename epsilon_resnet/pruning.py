@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from common.checkpoints import CheckpointError, save_checkpoint
+from common.kernels import without_tf32
 from epsilon_resnet.averages import CLOSED
 from epsilon_resnet.checkpoints import Network, read_network
 from epsilon_resnet.logfile import network_order
@@ -65,6 +66,7 @@ def _initial_norm(block):
     return math.sqrt(weight.numel() * 2 / weight[0].numel())  # He et al.'s
 
 
+@without_tf32()
 @torch.no_grad()
 def responses(model: ResNet, batches) -> Tensor:
     """max|F| of each block on each batch of images, float32 (batches, blocks), in evaluation mode on their device."""
@@ -214,6 +216,7 @@ def read_compressed(cfg_path) -> Compressed:
     return Compressed(fields, path, network)
 
 
+@without_tf32()
 @torch.no_grad()
 def logit_differences(full: ResNet, compressed: ResNet, batches) -> tuple[float, float]:
     """(largest |difference| of the logits of both networks over batches of images, largest |logit|)."""

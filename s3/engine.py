@@ -15,6 +15,7 @@ from torch import nn
 
 from common.checkpoints import CheckpointError
 from common.data import DataError
+from common.kernels import without_tf32
 from s3.capture import LossLog, run_steps
 from s3.run import RunError, World, choose_device, join_processes, world_of_environment
 
@@ -262,6 +263,7 @@ def logits_of(output):
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
+@without_tf32()
 @torch.no_grad()
 def evaluate(
     model: nn.Module, loader, lines=None, *, world=World(), compare: Callable | None = None, graph=None

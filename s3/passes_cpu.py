@@ -1,8 +1,7 @@
 """Weights from latents, and their gradients, in one pass over the latents on the CPU, compiled by numba.
 
-Tensors are passes' arguments in the order of storage. A pass works in blocks that stay in the first-level cache, one
-latent after the other, so that its inner loops are vectors. Results are those of PyTorch's operations in `quantizers`,
-to the bit; the pass of three bits, which is written out, has zeros without a sign among its gradients.
+The results are those of PyTorch's operations in `quantizers`, to the bit. A pass goes over blocks that stay in the
+first-level cache, one latent after the other; its inner loops begin at 0, so that they become vector instructions.
 """
 
 import functools
@@ -43,7 +42,7 @@ def _kernels_for(method, latents):
     if any(x.dtype != torch.float32 or x.shape != first.shape or x.stride() != first.stride() for x in latents):
         return None
     compiled = _compiled()
-    return compiled and compiled["s3 of 3 bits" if method == "s3" and len(latents) == 4 else method]
+    return compiled and compiled[method]
 
 
 def _is_dense(x):
@@ -146,37 +145,8 @@ def _denseshift_gradients(latents, results, start, stop):
                 base[i] *= np.float32(1) if shift[i] > 0 else np.float32(0)
 
 
-def _s3_weight_of_3_bits(latents, results, start, stop):
-    sign, val, shift, shift2 = latents
-    weight = results[0]
-    for i in range(start, stop):
-        u, v, a, b = sign[i], val[i], shift[i], shift2[i]
-        inner = np.float32(4) if b > 0 else np.float32(2)
-        power = inner if a > 0 else np.float32(1)
-        size = power if v > 0 else np.float32(0)
-        weight[i] = size if u >= 0 else -size
-
-
-def _s3_gradients_of_3_bits(latents, results, start, stop):
-    grad, sign, val, shift, shift2 = latents
-    grad_sign, grad_val, grad_shift, grad_shift2 = results
-    ln2 = np.float32(LN2)
-    for i in range(start, stop):
-        g, u, v, a, b = grad[i], sign[i], val[i], shift[i], shift2[i]
-        inner = np.float32(4) if b > 0 else np.float32(2)
-        power = inner if a > 0 else np.float32(1)
-        scaled = g * power
-        signed = scaled if u >= 0 else -scaled
-        base = signed * ln2 if v > 0 else np.float32(0)
-        grad_sign[i] = scaled if v > 0 else np.float32(0)
-        grad_val[i] = signed
-        grad_shift[i] = base * (np.float32(2) if b > 0 else np.float32(1))
-        grad_shift2[i] = base if a > 0 else np.float32(0)
-
-
 PASSES = {
     "s3": (_s3_weight, _s3_gradients),
-    "s3 of 3 bits": (_s3_weight_of_3_bits, _s3_gradients_of_3_bits),
     "denseshift": (_denseshift_weight, _denseshift_gradients),
 }
 

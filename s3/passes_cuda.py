@@ -13,64 +13,49 @@ from torch import Tensor
 _log = logging.getLogger(__name__)
 _refused = set()
 
-# `bits` is the code, FIRST the bit of the outermost shift, SHIFTS their number; e, the exponent, is the number of
-# leading ones of the shifts' bits, found from the innermost on.
-EXPONENT = "for (int t = SHIFTS - 1; t >= 0; --t) e = (bits >> (FIRST + t)) & 1 ? e + 1 : 0;"
-SIGN = "T s = bits & 1 ? T(1) : T(-1);"
-VALUES = {
-    "s3": f"{SIGN} T z = bits & 2 ? T(1) : T(0); weight = s * z * T(1 << e);",
-    "denseshift": f"{SIGN} weight = s * T(1 << e);",
-}
-SLOPES = {
-    "s3": f"""{SIGN} T z = bits & 2 ? T(1) : T(0);
-  T scaled = grad * T(1 << e);
-  g0 = scaled * z;
-  g1 = scaled * s;
-  T base = g1 * z * T(0.6931471805599453);""",
-    "denseshift": f"""{SIGN}
-  T root = sqrt(T(e + 1));
-  g0 = grad * root;
-  T base = grad * s / (T(2) * root);""",
-}
 PLAIN_LATENTS = {"s3": 2, "denseshift": 1}  # those before the shifts
+SIGN, NONZERO = "T s = bits & 1 ? T(1) : T(-1);", "T z = bits & 2 ? T(1) : T(0);"
+VALUES = {"s3": f"{SIGN} {NONZERO} weight = s * z * T(1 << e);", "denseshift": f"{SIGN} weight = s * T(1 << e);"}
+# Gradients of the latents before the shifts, and what those of the shifts have in common.
+GRADIENTS = {
+    "s3": f"{SIGN} {NONZERO} T scaled = grad * T(1 << e); g0 = scaled * z; g1 = scaled * s;",
+    "denseshift": f"{SIGN} T root = sqrt(T(e + 1)); g0 = grad * root;",
+}
+COMMON = {"s3": "g1 * z * T(0.6931471805599453)", "denseshift": "grad * s / (T(2) * root)"}
 
 
 def weight_source(method: str, latents: int) -> str:
     """CUDA source for `latents` latents: (sign, …, shifts) -> weight, code."""
-    first = PLAIN_LATENTS[method]
     names = [f"x{k}" for k in range(latents)]
     code = " | ".join(["int(x0 >= T(0))", *(f"int({name} > T(0)) << {k}" for k, name in enumerate(names) if k)])
-    exponent = EXPONENT.replace("SHIFTS", str(latents - first)).replace("FIRST", str(first))
-    return f"""
-template <typename T> void {method}_weight_{latents}({", ".join(f"T {name}" for name in names)}, T& weight, T& code) {{
-  int bits = {code};
-  int e = 0;
-  {exponent}
-  {VALUES[method]}
-  code = T(bits);
-}}
-"""
+    exponent = [f"e = bits >> {k} & 1 ? e + 1 : 0;" for k in _innermost_first(method, latents)]
+    lines = [f"int bits = {code};", "int e = 0;", *exponent, VALUES[method], "code = T(bits);"]
+    parameters = ", ".join([*(f"T {name}" for name in names), "T& weight, T& code"])
+    return _function(f"{method}_weight_{latents}", parameters, lines)
 
 
 def gradients_source(method: str, latents: int) -> str:
     """CUDA source: (code, gradient of the weight) -> gradients of the latents."""
-    first, lines = PLAIN_LATENTS[method], []
-    for k in reversed(range(first, latents)):  # the innermost first
-        lines.append(f"int slope{k} = e + 1;")
-        lines.append(f"e = (bits >> {k}) & 1 ? slope{k} : 0;")
-    lines.append(SLOPES[method])
-    for k in range(first, latents):
-        lines.append(f"g{k} = base * T(slope{k});")
-        lines.append(f"base = base * ((bits >> {k}) & 1 ? T(1) : T(0));")
-    body = "\n  ".join(lines)
-    results = ", ".join(f"T& g{k}" for k in range(latents))
-    return f"""
-template <typename T> void {method}_gradients_{latents}(T code, T grad, {results}) {{
-  int bits = int(code);
-  int e = 0;
-  {body}
-}}
-"""
+    shifts, lines = _innermost_first(method, latents), ["int bits = int(code);", "int e = 0;"]
+    for k in shifts:
+        lines += [f"int slope{k} = e + 1;", f"e = bits >> {k} & 1 ? slope{k} : 0;"]
+    lines.append(GRADIENTS[method])
+    if shifts:
+        lines.append(f"T base = {COMMON[method]};")
+    for k in reversed(shifts):  # base becomes zero below the first shift that is off
+        lines += [f"g{k} = base * T(slope{k});", f"base = base * (bits >> {k} & 1 ? T(1) : T(0));"]
+    parameters = ", ".join(["T code, T grad", *(f"T& g{k}" for k in range(latents))])
+    return _function(f"{method}_gradients_{latents}", parameters, lines)
+
+
+def _innermost_first(method, latents):
+    """Numbers of the shift latents."""
+    return range(latents - 1, PLAIN_LATENTS[method] - 1, -1)
+
+
+def _function(name, parameters, lines):
+    body = "".join(f"  {line}\n" for line in lines)
+    return f"\ntemplate <typename T> void {name}({parameters}) {{\n{body}}}\n"
 
 
 def weight_and_code(method: str, *latents: Tensor) -> tuple[Tensor, Tensor] | None:

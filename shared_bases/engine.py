@@ -19,6 +19,7 @@ from common.data import (
     load_digits_set,
     write_digits_folder,
 )
+from common.kernels import without_tf32
 from shared_bases.capture import LossLog, run_steps
 from shared_bases.models import NUM_CLASSES
 from shared_bases.regulariser import similarity_terms
@@ -230,6 +231,7 @@ def _show_first_losses(cross_entropy, terms):
     sys.stdout.flush()
 
 
+@without_tf32()
 @torch.no_grad()
 def evaluate(model: nn.Module, loader, *, world=World(), graph=None) -> tuple[float, float, float]:
     """Mean cross entropy, top-1 and top-5 in percent of the whole test set, each image once, in float32.

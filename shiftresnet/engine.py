@@ -12,6 +12,7 @@ from torch import nn
 
 from common.checkpoints import CheckpointError
 from common.data import DataError, TensorLoader, load_dataset, load_digits_set
+from common.kernels import without_tf32
 from shiftresnet.capture import LossLog, run_steps
 from shiftresnet.models import NUM_CLASSES
 from shiftresnet.modules import ShiftConv
@@ -209,6 +210,7 @@ def fused_shifts(model: nn.Module):
 
 
 @gpu_errors_explained(TEST_BATCH_SIZE["cuda"])
+@without_tf32()
 @torch.no_grad()
 def evaluate(model: nn.Module, loader, *, world=World()) -> tuple[float, float]:
     """Mean loss and top-1 in percent over the whole test set, each image once, in float32 whatever --amp says."""

@@ -81,7 +81,7 @@ def choose_device(name: str, world: World, flag: str | None = None, advice: str 
     """
     flag = flag or f"--device {name}"
     if name == "auto":
-        name = "cuda" if _pytorch_has_gpu()[0] else "cpu"
+        name = "cuda" if has_gpu() else "cpu"
         if name == "cpu" and (problem := nvidia_problem()) and world.is_main:
             print(f"warning: {problem}; the CPU is used", file=sys.stderr, flush=True)
     try:
@@ -135,7 +135,7 @@ def join_processes(world: World, device: torch.device):
 
 def fp16_refusal(device_flag: str) -> str | None:
     """Why --amp fp16 cannot be used on the device of this flag, as an error message; None if it can."""
-    if not device_flag.startswith("cpu") and _pytorch_has_gpu()[0]:
+    if not device_flag.startswith("cpu") and has_gpu():
         return None
     problem = None if device_flag.startswith("cpu") else nvidia_problem()
     return f"--amp fp16 needs a GPU{f', and {problem}' if problem else ''}; use --amp bf16 on the CPU"
@@ -150,7 +150,7 @@ def nvidia_problem() -> str | None:
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shown in ("", "-1") or not (NVIDIA_DRIVER.exists() or shutil.which("nvidia-smi")):
         return None
-    usable, warning = _pytorch_has_gpu()
+    usable, warning = _ask_pytorch()
     if usable:
         return None
     version, built_for = driver_version(), torch.version.cuda
@@ -167,8 +167,13 @@ def nvidia_problem() -> str | None:
     return f"{cannot}: {warning or 'see nvidia-smi'}"
 
 
-def _pytorch_has_gpu():
-    """(whether PyTorch can use a GPU, its warning if not: kept from the screen, where it would take several lines)."""
+def has_gpu() -> bool:
+    """Whether PyTorch can use a GPU. Unlike torch.cuda.is_available it prints nothing: see nvidia_problem."""
+    return _ask_pytorch()[0]
+
+
+def _ask_pytorch():
+    """(whether PyTorch can use a GPU, its warning if not, which on a screen takes several lines)."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         usable = torch.cuda.is_available()

@@ -41,10 +41,9 @@ class FakeCuda(FakeTensorMode):
         kwargs = kwargs or {}
         leaves = _leaves(args) + _leaves(kwargs.values())
         fakes = [leaf for leaf in leaves if type(leaf) is FakeTensor]
-        goes_to = _device_wanted(func, leaves, kwargs)
+        goes_to = self._device_type_wanted(func, leaves, kwargs)
         if not fakes and goes_to != "cuda":
-            if func in PRODUCTS:
-                self._count_product(func, leaves)
+            self._count_product(func, leaves)
             return func(*args, **kwargs)
         hosts = [leaf for leaf in leaves if isinstance(leaf, Tensor) and type(leaf) is not FakeTensor]
         if func is aten._local_scalar_dense.default:
@@ -64,6 +63,19 @@ class FakeCuda(FakeTensorMode):
         if any(output.device.type == "cpu" for output in outputs):
             return pytree.tree_map_only(FakeTensor, _stand_in, result)
         return result
+
+    @staticmethod
+    def _device_type_wanted(func, leaves, kwargs):
+        """Type of the device that an operation is told to put its result on, None if it is not told."""
+        device = kwargs.get("device")
+        if device is None and func.namespace == "prims":
+            device = next((leaf for leaf in leaves if isinstance(leaf, torch.device)), None)
+        if device is None:
+            return None
+        device = torch.device(device)
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise RuntimeError(f"CUDA error: invalid device ordinal ({device}, {place()})")
+        return device.type
 
     def wait(self, kind: str, operation):
         """The host waits for the device. While a graph is recorded, CUDA refuses it."""
@@ -109,8 +121,7 @@ class FakeCuda(FakeTensorMode):
             raise RuntimeError(f"Expected all tensors to be on the same device, but found {' and '.join(names)} ({func}, {place()})")
 
     def _on_device(self, func, types, args, kwargs):
-        if func in PRODUCTS:
-            self._count_product(func, args)
+        self._count_product(func, args)
         if func is aten.nll_loss_forward.default:
             self.log.step(training=False)
         try:
@@ -131,8 +142,9 @@ class FakeCuda(FakeTensorMode):
         return pytree.tree_map_only(Tensor, lift, result)
 
     def _count_product(self, func, leaves):
-        device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
-        self.log.products[str(device), place()] += 1
+        if func in PRODUCTS or func.namespace == "effnets":
+            device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
+            self.log.products[str(device), place()] += 1
 
     def _compare_with_kernel(self, func, args, kwargs, fake):
         """Run what a GPU would run, and raise unless its outputs look like those of the fake implementation."""
@@ -165,14 +177,6 @@ def _leaves(values):
     return found
 
 
-def _device_wanted(func, leaves, kwargs):
-    """Type of the device that an operation is told to put its result on, None if it is not told."""
-    device = kwargs.get("device")
-    if device is None and func.namespace == "prims":
-        device = next((leaf for leaf in leaves if isinstance(leaf, torch.device)), None)
-    return None if device is None else torch.device(device).type
-
-
 def _stand_in(fake: FakeTensor) -> Tensor:
     """A host tensor that looks like the fake one, of ones, or of what that `stands_for`."""
     value = getattr(fake, "stands_for", 1)
@@ -180,4 +184,8 @@ def _stand_in(fake: FakeTensor) -> Tensor:
 
 
 def _looks(value):
-    return (tuple(value.shape), value.stride(), str(value.dtype), str(value.device)) if isinstance(value, Tensor) else value
+    """Of a tensor: shape, strides, type and device. A stride of a dimension of size 1 means nothing."""
+    if not isinstance(value, Tensor):
+        return value
+    strides = [stride for size, stride in zip(value.shape, value.stride(), strict=True) if size > 1]
+    return tuple(value.shape), strides, str(value.dtype), str(value.device)

@@ -6,8 +6,10 @@ from importlib import import_module
 import pytest
 import torch
 
+from common.checkpoints import load_checkpoint
+
 # Script, where it loads its images, flags. 24 images in batches of 16: every epoch ends with a shorter batch.
-SMALL = ["--embedded-data", "--train-size=24", "--epochs=2", "--device=cpu", "--seed=7", "--compile"]
+SMALL = ["--embedded-data", "--train-size=24", "--epochs=2", "--device=cpu", "--seed=7"]
 TRAIN = {
     "shiftresnet": ("main", "engine", ["--arch=shiftresnet20", "--expansion=1", "--batch_size=16"]),
     "deepshift": ("mnist", "tasks", ["--type=linear", "--shift-type=PS", "--shift-depth=1", "--batch-size=16"]),
@@ -28,16 +30,33 @@ def graphs(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     torch._dynamo.reset()
+    benchmark = torch.backends.cudnn.benchmark
     yield found
     torch._dynamo.reset()
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = benchmark
+
+
+def saved_weights(folder):
+    """The state dict of the run's last checkpoint."""
+    paths = [path for name in ("last.pt", "checkpoint.pth.tar", "model-*.pth") for path in folder.rglob(name)]
+    content = load_checkpoint(max(paths, key=lambda path: path.stat().st_mtime_ns))
+    return next(content[name] for name in ("net", "net_state_dict", "model", "state_dict") if name in content)
 
 
 @pytest.mark.parametrize("paper", TRAIN)
-def test_a_shorter_last_batch_makes_no_graph_of_any_size(paper, graphs, monkeypatch, tmp_path):
+def test_compiled_runs_train_the_same_network(paper, graphs, monkeypatch, tmp_path):
+    """As without --compile, by one graph for each size of a batch; --deterministic, given too, makes its settings."""
     script, place, flags = TRAIN[paper]
     inputs = import_module(f"{paper}.{place}")
     whole = inputs.load_digits_set
     monkeypatch.setattr(inputs, "load_digits_set", lambda split, **more: whole(split, **more).subset(24))
-    assert not import_module(f"{paper}.{script}").main([*flags, *SMALL, f"--output-dir={tmp_path}"])
+    main = import_module(f"{paper}.{script}").main
+    assert not main([*flags, *SMALL, f"--output-dir={tmp_path / 'plain'}"])
+    assert torch.backends.cudnn.benchmark and not torch.are_deterministic_algorithms_enabled()
+    assert not main([*flags, *SMALL, "--compile", "--deterministic", f"--output-dir={tmp_path / 'compiled'}"])
+    assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+    plain, compiled = (saved_weights(tmp_path / name) for name in ("plain", "compiled"))
+    torch.testing.assert_close(compiled, plain, atol=1e-4, rtol=1e-4)
     drops_the_last = paper == "epsilon_resnet"  # as its original: a step is always a whole batch
     assert graphs == [False] * (1 if drops_the_last else 2)

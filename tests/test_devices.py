@@ -1,14 +1,13 @@
 """Every way to name a device, in every script: the right device, or one line and an exit status that is not 0.
 
-The GPUs are made up: what is asked of them is answered by a machine of our own, down to the C function that makes a GPU
-the current one. `torch.cuda.set_device` itself is PyTorch's, because it refuses what the C function never sees: a device
-without a number.
+The GPUs are made up: what is asked of them is answered by a machine of our own, down to the C function that makes a
+GPU the current one. `torch.cuda.set_device` itself is PyTorch's, because it refuses what the C function never sees: a
+device without a number.
 """
 
 import importlib
 import os
 import subprocess
-import sys
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -42,10 +41,10 @@ GPU_LIST = {
     "epsilon_resnet.imagenetCompressedResnet": ["--embedded-data"],
 }
 TESTS_GPU_LIST = {
-    "epsilon_resnet.cifarCompressedResnet": ["--cfg=none"],
-    "epsilon_resnet.svhnCompressedResnet": ["--cfg=none"],
+    "epsilon_resnet.cifarCompressedResnet": ["--cfg=cifar"],
+    "epsilon_resnet.svhnCompressedResnet": ["--cfg=cifar"],
     "epsilon_resnet.imagenetEpsilonResnet": ["--embedded-data", "--eval", "--load=none"],
-    "epsilon_resnet.imagenetCompressedResnet": ["--embedded-data", "--cfg=none"],
+    "epsilon_resnet.imagenetCompressedResnet": ["--embedded-data", "--cfg=imagenet"],
 }
 DEVICE_FLAG = {**ONE_GPU, **GPU_NUMBER, "s3.main": ["--embedded-data"], **GPU_LIST}
 NEEDS_GPU_FLAG = ("imagenetEpsilonResnet", "imagenetCompressedResnet", "cifarCompressedResnet", "svhnCompressedResnet")
@@ -84,6 +83,9 @@ class Machine:
         assert isinstance(index, int) and 0 <= index < self.device_count()
         self.current.append(index)
 
+    def join(self, backend):
+        self.backends.append(backend)
+
     def start(self, command, **options):
         self.started.append(command)
         return SimpleNamespace(returncode=0, stdout="")
@@ -103,7 +105,7 @@ def run(monkeypatch, capsys):
         for name in ("is_available", "device_count"):
             monkeypatch.setattr(torch.cuda, name, getattr(machine, name))
         monkeypatch.setattr(torch._C, "_cuda_setDevice", machine.set_device, raising=False)
-        monkeypatch.setattr(torch.distributed, "init_process_group", machine.backends.append)
+        monkeypatch.setattr(torch.distributed, "init_process_group", machine.join)
         monkeypatch.setattr(subprocess, "run", machine.start)
         monkeypatch.setattr(os, "execv", lambda program, command: machine.start(command))
         module = importlib.import_module(script)
@@ -217,8 +219,7 @@ def compressed(monkeypatch):
     from epsilon_resnet import cifarCompressedResnet, imagenetCompressedResnet, imagenetEpsilonResnet, pruning
 
     def read(path):
-        kind = "imagenet" if "imagenet" in sys._getframe(1).f_globals["__file__"] else "cifar"
-        config = SimpleNamespace(arch=kind, size=18, num_classes=10)
+        config = SimpleNamespace(arch=path, size=18, num_classes=10)
         network = SimpleNamespace(config=config, content={}, pixel_mean=None, build=lambda: None)
         return SimpleNamespace(config=config, network=network, fields={})
 
@@ -286,8 +287,10 @@ SHARED_BASES = [name for name in ONE_GPU if name.startswith("shared_bases.") and
 def test_visible_device(script, flags, shown, environment, expected, run):
     """What is shown is decided before PyTorch is asked for a GPU, also where --amp fp16 asks first."""
     training = ["--amp=fp16"] if ".train" in script and " " not in expected else []
-    check(run(script, [*flags, *training], **environment), expected)
+    outcome = run(script, [*flags, *training], **environment)
+    check(outcome, expected)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == shown
+    assert outcome[2].latched in (None, outcome[2].visible())
 
 
 def test_ilsvrc_starts_a_process_for_each_visible_device(run):
@@ -308,9 +311,32 @@ def test_a_gpu_that_cannot_be_used(script, run, monkeypatch):
 
 
 def test_processes_that_are_not_reached(run, monkeypatch):
-    def refuse(backend):
+    def refuse(machine, backend):
         raise torch.distributed.DistNetworkError("The client socket has timed out after 60000ms")
 
-    monkeypatch.setattr(Machine, "backends", SimpleNamespace(append=refuse), raising=False)
-    monkeypatch.setattr(Machine, "__init__", lambda self, gpus: self.__dict__.update(gpus=gpus, current=[], started=[]))
+    monkeypatch.setattr(Machine, "join", refuse)
     check(run("s3.main", [], 0, **rank(1, 2)), "the other processes are not reached: The client socket has timed out")
+
+
+@pytest.mark.parametrize("name", ["bench_shift_cuda", "bench_bitshift_cuda"])
+def test_benchmarks_number_their_gpu(name, monkeypatch):
+    """As the papers' scripts: `--device cuda` becomes a device that can be made the current one."""
+    from benchmarks import timing
+
+    module, machine, empty = importlib.import_module(f"benchmarks.{name}"), Machine(2), torch.empty
+
+    def hardware(device):
+        raise Joined(device)
+
+    def made_up(*size, device):
+        return SimpleNamespace(device=torch.device("cuda", torch.device(device).index or 0))
+
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", machine.set_device, raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", machine.device_count)
+    monkeypatch.setattr(timing, "hardware", hardware)
+    for given, index in (("cuda", 0), ("cuda:1", 1)):
+        monkeypatch.setattr(torch, "empty", made_up)
+        with pytest.raises(Joined) as stop:
+            module.main(["--device", given])
+        monkeypatch.setattr(torch, "empty", empty)
+        assert stop.value.args == (torch.device("cuda", index),) and machine.current[-1] == index

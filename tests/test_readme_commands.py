@@ -7,6 +7,7 @@ each, with the flags of BUDGETS appended. A command that no table below knows ma
 
 import contextlib
 import io
+import json
 import os
 import re
 import runpy
@@ -112,6 +113,15 @@ FILES = {
         "FILE": "train_log/imagenetEpsilonResnet/model-*.pth",
         "FILE.cfg": "train_log.cifar10-e_2.5-n_18/*.cfg",
     },
+}
+# Commands that test a saved file, and what they print of its top-1 accuracy: that of its run, as the READMEs say.
+PERCENT = r"([\d.]+)%?"
+TESTED = {
+    "shiftresnet/eval.py": ("--model", rf"Acc: {PERCENT} \("),
+    "deepshift/mnist.py": ("--resume", r"Accuracy: (\d+/\d+) "),
+    "deepshift/cifar10.py": ("--resume", rf" \* Acc@1 {PERCENT}"),
+    "s3/main.py": ("--resume", rf" \* Acc@1 {PERCENT} Acc@5"),
+    "shared_bases/eval_cifar10.py": ("--pretrained", rf"Eval_Acc_top1 = {PERCENT}"),
 }
 COMMANDS = {str(readme): commands_of(readme) for readme in READMES}
 run_them = pytest.mark.skipif(
@@ -335,7 +345,38 @@ def execute(command: Command, image_folder: Path, folder: Path, monkeypatch):
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
         assert done.returncode == 0, f"exit status {done.returncode}:\n{done.stdout[-3000:]}"
     else:
-        run(command.script, arguments, folder, monkeypatch)
+        check_accuracy(command, arguments, run(command.script, arguments, folder, monkeypatch), folder)
+
+
+def check_accuracy(command: Command, arguments, printed: str, folder: Path):
+    """A file that was tested has the accuracy that its training told: of the best epoch, or for MNIST of the last."""
+    flag, pattern = TESTED.get(command.script, ("", ""))
+    is_test = {"-e", "--evaluate"} & set(arguments) or "eval" in command.script
+    words = [word for argument in arguments for word in argument.split("=")]
+    if not is_test or flag not in words:
+        return
+    path = folder / words[words.index(flag) + 1]
+    results = [line for name in (path.parent, path.with_suffix("")) if (name / "metrics.jsonl").exists()
+               for line in map(json.loads, (name / "metrics.jsonl").open()) if line["type"] == "result"]  # fmt: skip
+    if not results:  # a file of the original, or one that stands for a longer run's
+        assert "*" in path.name or not path.exists() or path.name == "model_best.pth.tar", f"{command}: whose {path}?"
+        return
+    expected = results[-1]["top1" if command.script == "deepshift/mnist.py" else "best_top1"]
+    assert re.search(pattern, printed), f"{command} prints no accuracy:\n{printed[-1000:]}"
+    found = re.search(pattern, printed)[1]
+    value = 100 * int(found.split("/")[0]) / int(found.split("/")[1]) if "/" in found else float(found)
+    assert value == pytest.approx(expected, abs=6e-4), f"{command} prints {value}%, training told {expected}%"
+
+
+def test_accuracies_that_differ_are_told(tmp_path):
+    command = parse(Path("deepshift/README.md"), 1, "python mnist.py -e --resume run/weights.pth", True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"type": "result", "top1": 75.0, "best_top1": 80.0}\n')
+    check_accuracy(command, command.arguments, "Accuracy: 30/40 (75%)", tmp_path)
+    with pytest.raises(AssertionError, match="prints 77.5%, training told 75.0%"):
+        check_accuracy(command, command.arguments, "Accuracy: 31/40 (78%)", tmp_path)
+    with pytest.raises(AssertionError, match="prints no accuracy"):
+        check_accuracy(command, command.arguments, "", tmp_path)
 
 
 @run_them

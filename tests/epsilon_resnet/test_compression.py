@@ -1,5 +1,6 @@
 """Compression: what is pruned and what never, files, verification, evaluation, fine-tuning, mistakes."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -124,11 +125,15 @@ def test_states_come_from_the_log_if_the_checkpoint_has_none(folder, capsys):
     state = load_checkpoint(folder / "model-6.pth")
     del state["ema"]
     save_checkpoint(folder / "model-6.pth", state)
-    text = (folder / "log.log").read_text().replace("res1.1/is_discarded: 0", "res1.1/is_discarded: 1")
+    text, replaced = re.subn(r"(res1\.1/is_discarded): \S+", r"\1: 1", (folder / "log.log").read_text())
+    assert replaced == 2, "of steps 3 and 6"
     (folder / "log.log").write_text(text)
-    discarded, _, matched = logfile.discarded_in_log(logfile.messages(text), 6)
+    discarded, val_error, matched = logfile.discarded_in_log(logfile.messages(text), 6)
+    assert "res1.1" in discarded and len(val_error) == 1
+    assert len(matched) == 7 and matched[-1].startswith("val_error: "), "six blocks and the error"
     assert compress(folder) == 0
-    assert all(line in capsys.readouterr().out or True for line in matched)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in printed if line in matched] == matched
     assert pruning.read_cfg(folder / "compressed_model_6.cfg")["discarded_block"] == discarded
 
 

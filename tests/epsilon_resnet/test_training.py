@@ -12,6 +12,7 @@ import torch
 from common.checkpoints import CheckpointError, load_checkpoint
 from epsilon_resnet import cifarEpsilonResnet, imagenetEpsilonResnet, logfile, svhnEpsilonResnet, training
 from epsilon_resnet.runs import Run, RunError, model_files, read_metrics
+from tests.resumes import differences
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["-n", "2", "-e", "8", "-o", "t", "--cifar10", "--embedded-data", "--train-size=48", "--batch_size=16",
@@ -92,34 +93,12 @@ def test_resume_restores_gate_statistics_and_the_adaptive_schedule(finished, tmp
     for name in ("model-6.pth", "model-9.pth"):
         assert (tmp_path / "train_log.t" / name).exists()
     state = train(tmp_path, "--epochs=3", f"--load={tmp_path}/train_log.t/model-3.pth")
-    assert same(state["model"], reference["model"])
-    for name in ("ema", "lr_state", "learning_rate", "val_error", "best"):
-        assert state[name] == reference[name], name
+    assert differences(state, reference) == []
     assert (tmp_path / "train_log.t" / "model-6.pth.old").exists(), "what was there is not lost"
     kinds = [(line["type"], line.get("epoch")) for line in read_metrics(tmp_path / "train_log.t" / "metrics.jsonl")]
     assert kinds == [("run", None), ("epoch", 0), ("resumed", 1), ("epoch", 1), ("epoch", 2), ("result", None)]
     log = (tmp_path / "train_log.t" / "log.log").read_text()
     assert logfile.steps_in_log(logfile.messages(log)) == [3, 6, 9]
-
-
-def test_resume_after_kills_is_bit_identical(tmp_path):
-    """Killed six times, half of them while a checkpoint is being written."""
-    command = [sys.executable, Path(__file__).with_name("kill_driver.py"), tmp_path / "killed"]
-    flags = [*TINY, "--epochs=2", "--auto-resume"]
-    (tmp_path / "killed").mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    result = subprocess.run([*command, *flags, f"--output-dir={tmp_path / 'killed'}"], cwd=ROOT, capture_output=True,
-                            text=True, timeout=400, env=environment)  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    kills = json.loads(result.stdout.splitlines()[-1])
-    assert kills["while_writing"] >= 1 and kills["at_random"] >= 1
-    state = load_checkpoint(tmp_path / "killed" / "train_log.t" / "model-6.pth")
-    whole = ["epsilon_resnet/cifarEpsilonResnet.py", *TINY, "--epochs=2", f"--output-dir={tmp_path / 'whole'}"]
-    subprocess.run([sys.executable, *whole], cwd=ROOT, check=True, capture_output=True, env=environment)
-    reference = load_checkpoint(tmp_path / "whole" / "train_log.t" / "model-6.pth")
-    assert same(state["model"], reference["model"]) and state["ema"] == reference["ema"]
-    lines = read_metrics(tmp_path / "killed" / "train_log.t" / "metrics.jsonl")
-    assert [line["epoch"] for line in lines if line["type"] == "epoch"] == [0, 1]
 
 
 def test_an_earlier_run_is_put_aside_not_overwritten(tmp_path):

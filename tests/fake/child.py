@@ -14,7 +14,7 @@ from tests.fake.log import ROOT, Log
 
 PRELOADED = ["tests.fake.preload"]
 DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
-SECONDS = 120
+SECONDS = 300  # of a run, before it is killed
 
 
 class Outcome(dict):

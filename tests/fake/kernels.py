@@ -49,11 +49,12 @@ def _function(log, stem, name):
 
 
 @functools.cache
-def entries(stem: str) -> dict[str, dict]:
+def entries(stem: str, *options) -> dict[str, dict]:
     """Of every kernel of <stem>.cu: its parameters ("u64", "u32", "f32", …), bytes of shared memory, most threads."""
     from tests.host import nvrtc
 
-    options = [*launch.OPTIONS, "--gpu-architecture=compute_80"]
+    # Without optimisation, which changes neither and takes most of the time.
+    options = [*launch.OPTIONS, "--gpu-architecture=compute_80", *options]
     succeeded, log, ptx = nvrtc.compile_source(launch.source(stem), f"{stem}.cu", options)
     assert succeeded, log
     found = {}

@@ -67,7 +67,7 @@ def steady(report: dict, training: bool, kinds=("read", "upload", "wait")) -> di
     found, steps = Counter(), 0
     middle = {}
     for index, each in enumerate(report["passes"]):
-        if each["training"] is training and each["steps"] > 3:
+        if each["training"] is training and each["steps"] > 2:
             middle[index] = range(2, each["steps"])
             steps += len(middle[index])
     for kind, operation, where, index, step, count in report["events"]:
@@ -78,4 +78,4 @@ def steady(report: dict, training: bool, kinds=("read", "upload", "wait")) -> di
 
 def steady_steps(report: dict, training: bool) -> int:
     """How many steps `steady` looked at."""
-    return sum(max(0, each["steps"] - 2) for each in report["passes"] if each["training"] is training and each["steps"] > 3)
+    return sum(max(0, each["steps"] - 2) for each in report["passes"] if each["training"] is training and each["steps"] > 2)

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from common.kernels import bitshift_conv2d, bitshift_linear, pack_shift_weights
-from deepshift import cifar10, imagenet
+from deepshift import cifar10, engine, imagenet
 from deepshift.convert import convert_to_shift, pack_layers, round_shift_weights, use_kernels
 from deepshift.count import count_parameters
 from deepshift.modules_ps import Conv2dShift, LinearShift
 from deepshift.modules_q import Conv2dShiftQ, LinearShiftQ
-from deepshift.optim import build_optimizer
+from deepshift.network import Network
 from deepshift.quantizers import (
     clamp_magnitude_,
     ps_shift_range,
@@ -26,6 +27,7 @@ from deepshift.quantizers import (
     shift_and_sign,
     shift_l2_norm,
 )
+from deepshift.training import Training
 from deepshift.zoo import build_model
 from tests.golden.fill import fill_state_dict, golden_input
 
@@ -35,6 +37,14 @@ CONVERSION = {"shift_depth", "shift_type", "weight_bits", "activation_bits", "co
               "freeze_sign", "rounding"}  # fmt: skip
 
 
+INFORMATIVE = {"flops", "noise_fp64"}  # of a case: null, and not of float32
+
+
+def only(case, *fields):
+    """Every field of a case is one that its test looks at."""
+    assert set(case) <= set(fields), set(case) - set(fields)
+
+
 def built(case):
     name = f"simple_{case['arch']}" if case["zoo"] == "mnist" else case["arch"]
     return build_model(ZOOS[case["zoo"]], name)
@@ -42,6 +52,9 @@ def built(case):
 
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=[case["case"] for case in GOLDEN["cases"]])
 def test_model(case):
+    only(case, "case", "zoo", "arch", "kwargs", "input_shape", "converted", "params", "keys", "keys_crc32", "logits",
+         "noise_fp32", *INFORMATIVE)  # fmt: skip
+    assert case["flops"] is None
     kwargs = dict(case["kwargs"])
     fill, rounds = kwargs.pop("fill"), kwargs.pop("round_shift_weights", False)
     assert set(kwargs) <= CONVERSION and fill in ("before", "after")
@@ -110,11 +123,13 @@ def test_every_section_is_checked():
 
 @cases("round_to_fixed")
 def test_round_to_fixed(case):
+    only(case, "input", "integer_bits", "fraction_bits", "output")
     same(round_to_fixed(tensor(case["input"]), case["integer_bits"], case["fraction_bits"]), case["output"])
 
 
 @cases("get_shift_and_sign")
 def test_shift_and_sign(case):
+    only(case, "input", "shift", "sign", "round_power_of_2")
     shift, sign = shift_and_sign(tensor(case["input"]))
     same(shift, case["shift"])
     same(sign, case["sign"])
@@ -123,11 +138,13 @@ def test_shift_and_sign(case):
 
 @cases("clampabs")
 def test_clamp_magnitude(case):
+    only(case, "input", "min", "max", "output")
     same(clamp_magnitude_(tensor(case["input"]), case["min"], case["max"]), case["output"])
 
 
 @cases("ps_weight")
 def test_ps_weight(case):
+    only(case, "weight_bits", "shift_range", "shift", "sign", "weight", "shift_after_forward", "sign_after_forward")
     shift, sign = tensor(case["shift"]), tensor(case["sign"])
     shift_range = ps_shift_range(case["weight_bits"])
     assert list(shift_range) == case["shift_range"]
@@ -138,6 +155,7 @@ def test_ps_weight(case):
 
 @cases("q_weight")
 def test_q_weight(case):
+    only(case, "weight_bits", "shift_range", "weight_in", "weight_q", "weight_after_forward")
     weight, shift_range = tensor(case["weight_in"]), q_shift_range(case["weight_bits"])
     assert list(shift_range) == case["shift_range"]
     same(q_weight(weight, shift_range), case["weight_q"])
@@ -162,19 +180,25 @@ def layer_of(case, is_conv):
     return layer
 
 
+GRADIENT_FIELDS = ("kind", "weight_bits", "activation_bits", "freeze_sign", "shift", "sign", "weight", "bias", "x", "y",
+                   "grad_output", "grad_x", "grad_shift", "grad_sign", "grad_weight", "grad_bias")  # fmt: skip
+
+
 def check_gradients(case, is_conv):
+    only(case, *GRADIENT_FIELDS, *(("stride", "padding", "groups") if is_conv else ()))
     layer, x = layer_of(case, is_conv), tensor(case["x"]).requires_grad_()
     y = layer(x)
     y.backward(tensor(case["grad_output"]))
     close(y, case["y"])
     close(x.grad, case["grad_x"])
-    known = set(case) - {"kind", "activation_bits", "weight_bits", "stride", "padding", "groups", "freeze_sign"}
-    for name in known - {"x", "y", "grad_x", "grad_output", "shift", "sign", "weight", "bias"}:
-        gradient = getattr(layer, name.removeprefix("grad_")).grad
-        if case[name] is None:
-            assert gradient is None
+    parameters = dict(layer.named_parameters())
+    gradients = {name.removeprefix("grad_") for name in case if name.startswith("grad_")} - {"x", "output"}
+    assert gradients == set(parameters)
+    for name in gradients:
+        if case[f"grad_{name}"] is None:
+            assert parameters[name].grad is None
         else:
-            close(gradient, case[name])
+            close(parameters[name].grad, case[f"grad_{name}"])
 
 
 @cases("linear_gradients")
@@ -219,6 +243,7 @@ def run_integers(x, packed, bias, case):
 
 @cases("integer_kernels")
 def test_integer_kernels(case):
+    only(case, "op", "shift", "sign", "x", "bias", "padding", "stride", "y", "y_original_cpu_kernel")
     shift, sign = tensor(case["shift"]), tensor(case["sign"])
     packed = pack_shift_weights((shift, sign), 6, "PS")
     y = run_integers(integers(case["x"]), packed, integers(case["bias"]), case)
@@ -238,6 +263,9 @@ def test_packed_kernels(case):
     With a base below 0 the original shifts right by the field first and left by -base at the end, which loses low bits;
     the same is asked of the kernels here by shifting by the fields.
     """
+    only(case, "right_shift", "sign", "bits", "base", "x", "bias", "y", "words", "row_words", "weights_per_word")
+    assert case["weights_per_word"] == 32 // (case["bits"] + 1)
+    assert {len(row) for row in case["words"]} == {case["row_words"]}
     shift, sign = -tensor(case["right_shift"]), tensor(case["sign"])
     packed = pack_shift_weights((shift, sign), min(6, case["bits"] + 1), "Q")
     assert torch.equal(packed.unpack(), sign * torch.exp2(shift))
@@ -265,6 +293,10 @@ def fields(words, bits, columns):
 @cases("compress_bits")
 def test_packing_of_float_weights(case):
     """Float weights are rounded as the original's packer does; its second subtraction of a base is not repeated."""
+    only(case, "weight", "bits", "base", "packer_right_shift", "packer_sign", "words", "words_total",
+         "weights_per_word")  # fmt: skip
+    assert case["weights_per_word"] == 32 // (case["bits"] + 1)
+    assert sum(map(len, case["words"])) == case["words_total"]
     weight = tensor(case["weight"])
     shift, sign = shift_and_sign(weight)
     assert [int(-value) for value in shift.flatten()] == [right + case["base"] for right in case["packer_right_shift"]]
@@ -279,6 +311,7 @@ def test_packing_of_float_weights(case):
 
 @cases("kernel_forward_cpu")
 def test_layer_on_integer_kernels(case):
+    only(case, "op", "activation_bits", "shift", "sign", "bias", "x", "y_float_path", "y_kernel")
     layer = layer_of(case, case["op"] == "conv2d").eval()
     with torch.no_grad():
         x = tensor(case["x"])
@@ -289,17 +322,59 @@ def test_layer_on_integer_kernels(case):
         close(layer(x), case["y_float_path"])
 
 
+class Parameters(nn.Module):
+    """Named parameters, and logits that do not depend on them: cross entropy gives them a gradient of zero."""
+
+    def __init__(self, **tensors):
+        super().__init__()
+        for name, value in tensors.items():
+            module = nn.Module()
+            module.register_parameter(name.rpartition("_")[2], nn.Parameter(value.clone()))
+            self.add_module(name, module)
+
+    def forward(self, x):
+        return torch.zeros(len(x), 10) * sum(p.sum() for p in self.parameters())
+
+
+class OneImage(list):
+    """A loader of batches of one image."""
+
+    device, num_images = torch.device("cpu"), 1
+    batch_sizes = property(lambda self: [1] * len(self))
+
+    def __init__(self, steps=1):
+        super().__init__([(torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.int64))] * steps)
+
+
+def training_of(monkeypatch, net, *flags):
+    """What cifar10.py makes of the flags, but for the network."""
+    monkeypatch.setattr("deepshift.training.build_network", lambda *_: Network(net, {}, "recorded"))
+    args = cifar10.parse_args(["--embedded-data", "--device=cpu", *flags])
+    return Training(cifar10.Cifar10(cifar10.parse_args), args, torch.device("cpu"), engine.World())
+
+
+def run_step(training):
+    lines = engine.BatchLines("Epoch: [0]", 1, 1, top5=False, shown=False)
+    return engine.train_one_epoch(training.new_step(), OneImage(), lines, epoch=0)
+
+
 @cases("shift_l2_norm")
-def test_shift_l2_norm(case):
-    shift = tensor(case["shift"]).requires_grad_()
-    value = shift_l2_norm([shift], case["weight_decay"])
-    value.backward()
-    close(value, case["value"])
-    close(shift.grad, case["grad"])
+def test_shift_l2_norm(case, monkeypatch):
+    """The value, and the gradient that a step of the loop takes, by what SGD makes of it."""
+    only(case, "shift", "weight_decay", "value", "grad")
+    shift = tensor(case["shift"])
+    close(shift_l2_norm([shift], case["weight_decay"]), case["value"])
+    training = training_of(monkeypatch, Parameters(shift=shift), f"--wd={case['weight_decay']}", "--lr=0.125")
+    run_step(training)
+    (parameter,) = training.net.parameters()
+    close(training.optimizer.state[parameter]["momentum_buffer"], case["grad"])
+    expected = shift - 0.125 * tensor(case["grad"])
+    assert (parameter.detach() - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
 @cases("lr_schedule")
 def test_lr_schedule(case):
+    only(case, "script", "arch", "lr", "lr_step_size", "changes", "note")
     flags = [f"--arch={case['arch']}", f"--lr={case['lr']}"]
     if case["lr_step_size"] is not None:
         flags.append(f"--lr-step-size={case['lr_step_size']}")
@@ -316,37 +391,42 @@ def test_lr_schedule(case):
             assert task.learning_rates(args, [case["lr"]] * 3, epoch) == pytest.approx([expected] * 3, rel=1e-9)
 
 
+DEFAULTS = {"radam": {"lr": 1e-3}, "ranger": {"lr": 1e-3}}  # of the original's constructors
+
+
 @cases("optimizer_trajectories")
-def test_optimizer_trajectory(case):
+def test_optimizer_trajectory(case, monkeypatch):
+    """Through the script's groups, optimizer and loop: the recorded loss takes the place of the regulariser."""
+    only(case, "optimizer", "args", "groups", "lrs", "schedule", "loss", "a", "c", "p0", "p_after_step")
+    assert case["loss"] == "0.5*sum(a*(p-c)^2)"
     a, centre, start = tensor(case["a"]), tensor(case["c"]), tensor(case["p0"])
-    if "groups" in case:
-        parts, groups = parse_groups(case["groups"], start)
-        rates = case["lrs"]
-        assert case["schedule"].startswith("group 1 lr is 0 on odd steps (0-based), group 2 lr is 0 on even steps")
-    else:
-        parts = [torch.nn.Parameter(start.clone())]
-        args = dict(case["args"])
-        groups = [{"params": parts, "weight_decay": args.pop("weight_decay", 0.0), **args}]
-        rates = None
-    optimizer = build_optimizer(case["optimizer"], groups, case.get("args", {"lr": 1e-3}).get("lr", 1e-3))
+    net, decay, rates = parameters_of(case, start)
+    training = training_of(monkeypatch, net, f"--opt={case['optimizer']}", f"--lr={rates[0]}", f"--wd={decay}",
+                           f"--lr-sign={rates[1]}")  # fmt: skip
+    groups, parts = training.optimizer.param_groups, list(net.parameters())
+    assert [part for group in groups for part in group["params"]] == parts or len(parts) == 1
+    for group in groups:
+        group |= {name: value for name, value in case.get("args", {}).items() if name in ("betas", "eps", "alpha", "k")}
+    training.options.regulariser = lambda: 0.5 * (a * (torch.cat(parts) - centre) ** 2).sum()
     for number, expected in enumerate(case["p_after_step"]):
-        for index, group in enumerate(optimizer.param_groups if rates else []):
-            off = (index == 1 and number % 2) or (index == 2 and not number % 2)
+        for index, group in enumerate(groups):
+            off = "groups" in case and ((index == 1 and number % 2) or (index == 2 and not number % 2))
             group["lr"] = 0.0 if off else rates[index]
-        optimizer.zero_grad()
-        p = torch.cat(parts)
-        (0.5 * (a * (p - centre) ** 2).sum()).backward()
-        optimizer.step()
+        run_step(training)
         assert (torch.cat(parts).detach() - tensor(expected)).abs().max() < 2e-6, number
 
 
-def parse_groups(texts, start):
-    """Parameters and groups from texts such as 'p[0:2] weight_decay 0.05'."""
-    parts, groups = [], []
-    for text in texts:
-        place, name, value = text.split()
-        assert name == "weight_decay"
+def parameters_of(case, start):
+    """Network with the case's parameters under names that make its groups, weight decay of the first, rates of all."""
+    if "groups" not in case:
+        args = DEFAULTS[case["optimizer"].lower()] | case["args"]
+        assert set(args) <= {"lr", "weight_decay", "betas", "eps", "alpha", "k"}
+        return Parameters(bias=start), args.get("weight_decay", 0.0), [args["lr"]] * 3
+    assert case["schedule"].startswith("group 1 lr is 0 on odd steps (0-based), group 2 lr is 0 on even steps")
+    parts = {}
+    for name, text in zip(("bias", "sign", "shift"), case["groups"], strict=True):
+        place, word, decay = text.split()
+        assert word == "weight_decay" and (float(decay) == 0 or name == "bias")
         first, _, last = place.removeprefix("p[").removesuffix("]").partition(":")
-        parts.append(torch.nn.Parameter(start[int(first) : int(last or int(first) + 1)].clone()))
-        groups.append({"params": [parts[-1]], "weight_decay": float(value)})
-    return parts, groups
+        parts[name] = start[int(first) : int(last or int(first) + 1)]
+    return Parameters(**parts), float(case["groups"][0].split()[2]), case["lrs"]

@@ -9,10 +9,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from epsilon_resnet import logfile, modules, pruning, schedules, training
+from epsilon_resnet import (
+    cifarEpsilonResnet,
+    engine,
+    imagenetEpsilonResnet,
+    logfile,
+    modules,
+    pruning,
+    schedules,
+    svhnEpsilonResnet,
+    training,
+)
+from epsilon_resnet.averages import block_averages
 from epsilon_resnet.checkpoints import Network
 from epsilon_resnet.count import count_macs, count_parameters
-from epsilon_resnet.engine import SIDE_WEIGHT
 from epsilon_resnet.models import Config, build_model
 from tests.golden.fill import fill_state_dict, golden_input
 
@@ -148,8 +158,9 @@ def runs(values):
 
 @cases("lr_schedule")
 def test_learning_rate(case):
-    family = {"cifar10": "cifar", "cifar100": "cifar"}.get(case["dataset"], case["dataset"])
-    rule = schedules.LearningRate(schedules.INITIAL[family], schedules.AFTER_LOSS[family])
+    scripts = {"svhn": (svhnEpsilonResnet, []), "imagenet": (imagenetEpsilonResnet, ["--gpu=0"])}
+    script, flags = scripts.get(case["dataset"], (cifarEpsilonResnet, ["--cifar10"]))
+    rule = training.learning_rate_of(script.parse_args(flags))
     counts = case.get("discarded_cnt_at_end_of_epoch")
     if counts is None:
         increments = {int(epoch): count for epoch, count in case["count_increments"].items()}
@@ -232,7 +243,7 @@ def test_training_step(case):
     targets = torch.tensor(case["labels"])
     output = model(golden_input(case["input_shape"], case["input_seed"]))
     loss, side = (F.cross_entropy(logits, targets) for logits in (output.logits, output.side_logits))
-    cost = loss + SIDE_WEIGHT * side
+    cost = loss + 0.1 * side
     wd_cost = case["weight_decay"] / 2 * sum(weight.detach().square().sum() for weight in weights)
     for value, name in ((loss, "cross_entropy_loss"), (side, "side_cross_entropy_loss"), (wd_cost, "wd_cost")):
         assert value.item() == pytest.approx(case[name], rel=PRINTED)
@@ -245,11 +256,42 @@ def test_training_step(case):
         decay = case["weight_decay"] if any(parameters[name] is weight for weight in weights) else 0.0
         gradient = parameters[name].grad + decay * parameters[name].detach()
         assert gradient.norm().item() == pytest.approx(expected, rel=1e-3, abs=1e-12), name
-    optimizer.step()
+
+
+class OneBatch(list):
+    """Stands for a loader of one batch."""
+
+    batch_sizes = [4]
+
+
+@cases("train_step")
+def test_training_step_of_the_script(case):
+    """The same step, in the loop and with the optimizer that the script builds from its flags."""
+    kwargs, cpu = case["kwargs"], torch.device("cpu")
+    assert case["arch"] == "cifar" and kwargs["num_classes"] == 10
+    flags = ["-n", str(kwargs["n"]), "-e", str(kwargs["epsilon"]), "--cifar10", "--embedded-data", "--device=cpu"]
+    args, world = cifarEpsilonResnet.parse_args(flags), engine.World()
+    run = training.Training(args, None, cpu, world, 1, training.Data(args, 1, cpu, world))
+    run.net.load_state_dict(fill_state_dict(run.net.state_dict()))
+    with torch.no_grad():
+        for name in case["scale_conv2_by_1e-3"]:
+            run.net.block(name).conv2.weight *= 1e-3
+    run.prepare()
+    assert run.weight_cost() == pytest.approx(case["wd_cost"], rel=PRINTED)
+    batch = golden_input(case["input_shape"], case["input_seed"]), torch.tensor(case["labels"])
+    result = engine.train_one_epoch(run.steps, OneBatch([batch]), epoch=1, epsilon=run.net.epsilon)
+    assert result["loss"] == pytest.approx(case["cross_entropy_loss"], rel=PRINTED) and result["seen"] == 4
+    assert run.steps.losses.losses.item() == pytest.approx(case["cost"] - case["wd_cost"], rel=PRINTED)
+    parameters = dict(run.net.named_parameters())
     for name, expected in case["param_norm_after_one_step_lr0.1_mom0.9"].items():
         assert parameters[name].detach().norm().item() == pytest.approx(expected, rel=PRINTED), name
-    mean = model.bn0.running_mean[: len(case["bn0_running_mean_first3_after"])].tolist()
+    mean = run.net.bn0.running_mean[: len(case["bn0_running_mean_first3_after"])].tolist()
     assert mean == pytest.approx(case["bn0_running_mean_first3_after"], rel=1e-4)
+    averages = run.statistics.as_dict()  # of the first step: nine tenths of it
+    closed = {name: value / 0.9 for name, value in block_averages(averages, run.config).items()}
+    assert closed == pytest.approx({name: float(name in case["discarded"]) for name in closed})
+    peaks = {name: averages[f"{name}/response_abs_max"] / 0.9 for name in closed}
+    assert peaks == pytest.approx(case["max_abs_F"], rel=TOLERANCE)
 
 
 @cases("compress")

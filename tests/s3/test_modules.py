@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from s3 import quantizers
+from s3 import passes_cpu
 from s3.quantizers import dense_weight_penalty, denseshift_weight, s3_shift_count, s3_weight
 from s3.s3conv2dshift import DenseShiftConv2d, S3Conv2d
 
@@ -52,19 +52,43 @@ def random_latents(count, layout="contiguous"):
 
 @pytest.mark.parametrize("backend", ["numba", "torch"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_three_bits_in_every_layout(layout, backend, monkeypatch):
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_every_layout(bits, layout, backend, monkeypatch):
     if backend == "torch":
-        monkeypatch.setattr(quantizers, "_compiled", lambda: None)
+        monkeypatch.setattr(passes_cpu, "_compiled", lambda: None)
     else:
         pytest.importorskip("numba")
-    *latents, upstream = random_latents(4, layout)
+    *latents, upstream = random_latents(2 + s3_shift_count(bits), layout)
     check_definition(latents, upstream)
 
 
-@pytest.mark.parametrize("bits", [2, 4])
-def test_other_bits(bits):
-    *latents, upstream = random_latents(2 + s3_shift_count(bits))
-    check_definition(latents, upstream)
+def special_latents(count, layout):
+    """Latents and the gradient of the weight, a fifth of them zeros of both signs, infinities and NaN."""
+    generator = torch.Generator().manual_seed(4)
+    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan")])
+    tensors = torch.randn(count + 1, 5, 4, 6, 3, generator=generator)
+    chosen = special[torch.randint(len(special), tensors.shape, generator=generator)]
+    tensors = torch.where(torch.rand(tensors.shape, generator=generator) < 0.2, chosen, tensors)
+    return [LAYOUTS[layout](tensor.clone()) for tensor in tensors]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("count", [2, 3, 4, 8])
+@pytest.mark.parametrize("function", [s3_weight, denseshift_weight])
+def test_one_pass_gives_the_bits_of_pytorch(function, count, layout, monkeypatch):
+    pytest.importorskip("numba")
+    *latents, upstream = special_latents(count, layout)
+    passes, run = [], passes_cpu._run
+    monkeypatch.setattr(passes_cpu, "_run", lambda *args: passes.append(args) or run(*args))
+    found = with_gradients(latents, upstream, function)
+    assert len(passes) == (0 if layout == "strided" else 2), "one forward, one backward"
+    monkeypatch.setattr(passes_cpu, "_compiled", lambda: None)
+    expected = with_gradients(latents, upstream, function)
+    for one, other in zip(found, expected, strict=True):
+        assert one.stride() == other.stride()
+        numbers = ~torch.isnan(other)  # which NaN it is, the processor decides
+        assert torch.equal(torch.isnan(one), ~numbers)
+        assert torch.equal(one[numbers].view(torch.int32), other[numbers].view(torch.int32))
 
 
 def check_definition(latents, upstream):
@@ -82,8 +106,8 @@ def test_numba_is_used_where_it_fits_and_agrees_with_other_types(monkeypatch):
     pytest.importorskip("numba")
     *latents, upstream = random_latents(4)
     called = []
-    run = quantizers._run
-    monkeypatch.setattr(quantizers, "_run", lambda *args: called.append(args) or run(*args))
+    run = passes_cpu._run
+    monkeypatch.setattr(passes_cpu, "_run", lambda *args: called.append(args) or run(*args))
     single = with_gradients(latents, upstream)
     assert len(called) == 2, "one pass forward, one backward"
     double = with_gradients([latent.double() for latent in latents], upstream.double())

@@ -104,6 +104,10 @@ def test_every_network_builds_and_shares_parameters(dataset, key):
         assert aliases or (key == "DenseNet121_SingleShared" and name == "shared_basis_4.weight")
     terms = similarity_terms(model, MODELS[dataset][key].similarity)
     assert bool(terms) == bool(shared)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert norms and {(norm.eps, norm.momentum) for norm in norms} == {(1e-5, 0.1)}
+    dropped = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert dropped == ([0.2] if dataset == "ilsvrc" and key.startswith("MobileNet") else [])
 
 
 @pytest.mark.parametrize("key", ["ResNet34_SingleShared", "ResNet34_DoubleShared", "ResNet50_SharedSingle"])

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import os
 import subprocess
 import sys
@@ -123,24 +122,6 @@ def test_same_seed_same_bits_and_other_seed_other_bits(finished, tmp_path):
     assert not same(first["net_state_dict"], train(tmp_path / "7", "--epochs=1")["net_state_dict"])
 
 
-def test_resume_after_kills_is_bit_identical(finished, tmp_path):
-    """Killed at least ten times, half of them while a checkpoint is being written."""
-    _, _, reference = finished
-    driver = Path(__file__).with_name("kill_driver.py")
-    flags = [*TINY, "--epochs=3", f"--output-dir={tmp_path}", "--auto-resume"]
-    result = subprocess.run([sys.executable, driver, *flags], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr
-    kills = json.loads(result.stdout.splitlines()[-1])
-    assert kills["while_writing"] >= 5 and kills["at_random"] >= 5
-    state = load_checkpoint(tmp_path / NAME / "last.pt")
-    assert same_state(state, reference)
-    assert (state["acc"], state["epoch"]) == (reference["acc"], 3)
-    epochs = [line["epoch"] for line in read_metrics(tmp_path / NAME / "metrics.jsonl") if line["type"] == "epoch"]
-    assert epochs == [0, 1, 2]
-    best = load_checkpoint(tmp_path / f"{NAME}.pth")
-    assert (best["acc"], best["epoch"] - 1) == (reference["best"]["acc"], reference["best"]["epoch"])
-
-
 class Killed(Exception):
     pass
 
@@ -225,32 +206,6 @@ def test_ddp_trains_and_tests_every_image_once(tmp_path, monkeypatch):
     pretrained = f"--pretrained={tmp_path}/{NAME}.pth"
     monkeypatch.setattr(engine, "load_digits_set", load_digits_set)
     assert eval_cifar10.main([*NETWORK, *DIGITS, pretrained])[0] == result["best_top1"]
-
-
-def test_two_processes_train_the_same_network_as_one(tmp_path):
-    """Batch norm sees half a batch each, so only the orthogonality term is compared: it must not be counted twice."""
-    torch.manual_seed(0)
-    code = (
-        "import torch, torch.distributed as dist\n"
-        "from torch.nn.parallel import DistributedDataParallel\n"
-        "from shared_bases.models import Config, build_model\n"
-        "from shared_bases.regulariser import similarity_terms\n"
-        "dist.init_process_group('gloo'); torch.manual_seed(0)\n"
-        "net = build_model(Config('cifar10', 'ResNet32_SingleShared', 1, 1))\n"
-        "model = DistributedDataParallel(net)\n"
-        "loss = 0 * model(torch.randn(2, 3, 32, 32)).sum() + sum(similarity_terms(net, 'single_with_unique'))\n"
-        "loss.backward()\n"
-        "ours = net.shared_basis_1.weight.grad.clone(); net.zero_grad()\n"
-        "(alone,) = similarity_terms(net, 'single_with_unique'); alone.backward()\n"
-        "assert torch.allclose(ours, net.shared_basis_1.weight.grad, atol=1e-6)\n"
-        "dist.destroy_process_group()\n"
-    )
-    script = tmp_path / "compare.py"
-    script.write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
 
 
 def test_a_small_set_is_learned(tmp_path):

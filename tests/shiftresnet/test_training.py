@@ -1,8 +1,8 @@
 """Training runs end to end on the embedded digits: results, resume, saved files, mistakes."""
 
-import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -86,24 +86,6 @@ def test_same_seed_same_bits_and_other_seed_other_bits(finished, tmp_path):
     assert not same_weights(train(tmp_path / "other", "--epochs=3", "--seed=8")["net"], reference["net"])
 
 
-def test_resume_after_kills_is_bit_identical(finished, tmp_path):
-    """Killed at least ten times, half of them while a checkpoint is being written."""
-    _, _, reference = finished
-    driver = Path(__file__).with_name("kill_driver.py")
-    flags = [*TINY, "--epochs=3", f"--output-dir={tmp_path}", "--auto-resume"]
-    result = subprocess.run([sys.executable, driver, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    kills = json.loads(result.stdout.splitlines()[-1])
-    assert kills["while_writing"] >= 5 and kills["at_random"] >= 5
-    state = load_checkpoint(tmp_path / NAME / "last.pt")
-    assert same_weights(state["net"], reference["net"])
-    assert (state["acc"], state["best"], state["epoch"]) == (reference["acc"], reference["best"], 2)
-    measured = [line for line in read_metrics(tmp_path / NAME / "metrics.jsonl") if line["type"] == "epoch"]
-    assert [line["epoch"] for line in measured] == [0, 1, 2]
-    best = load_checkpoint(tmp_path / f"{NAME}.t7")
-    assert (best["acc"], best["epoch"]) == (reference["best"]["acc"], reference["best"]["epoch"])
-
-
 def test_auto_resume_does_nothing_when_finished_and_refuses_other_flags(finished, capsys):
     folder, _, _ = finished
     before = (folder / NAME / "metrics.jsonl").read_bytes()
@@ -147,6 +129,27 @@ def test_ddp_trains_and_tests_every_image_once(tmp_path):
     best = read_metrics(tmp_path / NAME / "metrics.jsonl")[-1]["best_top1"]
     path = str(tmp_path / f"{NAME}.t7")
     assert evaluation.main([f"--model={path}", "--embedded-data", "--device=cpu"])[path] == best
+
+
+def test_two_machines_are_one_run(tmp_path):
+    """torchrun once on each, here both on the loopback; the second shows and writes nothing."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = [*TINY, "--train-size=33", "--batch_size=17", "--epochs=1", f"--output-dir={tmp_path}"]
+    nodes = []
+    for rank in (0, 1):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={rank}",
+                    "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]  # fmt: skip
+        nodes.append(subprocess.Popen([*launcher, "shiftresnet/main.py", *flags], cwd=ROOT, text=True,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                      env={**os.environ, "OMP_NUM_THREADS": "1"}))  # fmt: skip
+    (first, errors), (second, more_errors) = [node.communicate(timeout=300) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], errors + more_errors
+    assert "/33)" in first and "/355)" in first and second == ""
+    kinds = [line["type"] for line in read_metrics(tmp_path / NAME / "metrics.jsonl")]
+    assert kinds == ["run", "epoch", "result"]
+    assert load_checkpoint(tmp_path / NAME / "last.pt")["epoch"] == 0
 
 
 def test_a_small_set_is_learned(tmp_path):
