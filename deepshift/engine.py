@@ -351,7 +351,7 @@ def _status_of(main, argv) -> int:
     try:
         return main(argv) or 0
     except (RunError, CheckpointError, DataError) as error:
-        if "--debug" in sys.argv:
+        if "--debug" in (sys.argv if argv is None else argv):
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

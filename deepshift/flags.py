@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -123,7 +124,7 @@ def add_added_flags(parser):
     add("--cuda-graph", action="store_true", help="record a training step once, replay it: one GPU")
     add("--channels-last", action="store_true", help="store activations as NHWC")
     add("--deterministic", action="store_true", help="same bits on a GPU too, slower")
-    add("--output-dir", default="./models", metavar="DIR", help="instead of ./models")
+    add("--output-dir", type=os.path.expanduser, default="./models", metavar="DIR", help="instead of ./models")
     add("--auto-resume", action="store_true", help="for sweeps: start, go on, or do nothing if the run is finished")
     add("--debug", action="store_true", help="show the traceback of an error")
 

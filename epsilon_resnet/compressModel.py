@@ -60,7 +60,7 @@ def find_log(directory: str) -> Path:
     found = sorted(Path(directory).rglob("log.log"))
     if len(found) != 1:
         names = f" ({', '.join(str(path.parent) for path in found)})" if found else f" in {directory}"
-        raise RunError(f"No log.log or mulitple log.log exists{names}; give the folder of one run with --dir")
+        raise RunError(f"No log.log or multiple log.log exists{names}; give the folder of one run with --dir")
     return found[0]
 
 

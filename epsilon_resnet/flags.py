@@ -3,6 +3,7 @@
 import argparse
 import csv
 import math
+import os
 import shlex
 from pathlib import Path
 
@@ -69,7 +70,11 @@ def add_training_flags(group, epochs: str, batch_size: str, gated: bool = True):
     group.add_argument("--seed", type=int, help="same seed, same bits on the CPU (default: a new one, logged)")
     group.add_argument("--deterministic", action="store_true", help="same bits on a GPU too, slower")
     group.add_argument(
-        "--output-dir", default=".", metavar="DIR", help="where train_log... goes (default: the working directory)"
+        "--output-dir",
+        type=os.path.expanduser,
+        default=".",
+        metavar="DIR",
+        help="where train_log... goes (default: the working directory)",
     )
     group.add_argument(
         "--keep_step",

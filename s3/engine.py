@@ -315,12 +315,12 @@ def _status_of(main, argv) -> int:
     try:
         return main(argv) or 0
     except (RunError, CheckpointError, DataError) as error:
-        if "--debug" in sys.argv:
+        if "--debug" in (sys.argv if argv is None else argv):
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     except OSError as error:  # of the system: a folder that may not be read, a port in use
-        if "--debug" in sys.argv:
+        if "--debug" in (sys.argv if argv is None else argv):
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

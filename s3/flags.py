@@ -1,6 +1,7 @@
 """Flags of both scripts: those of the original, extensions, and those that every paper has here."""
 
 import math
+import os
 
 from s3.run import fp16_refusal
 from s3.runs import command_line
@@ -55,7 +56,8 @@ def add_added_flags(parser):
     add("--cuda-graph", action="store_true", help="record a training step once, replay it: one GPU")
     add("--channels-last", action="store_true", help="store activations as NHWC")
     add("--deterministic", action="store_true", help="same bits on a GPU too, slower")
-    add("--output-dir", default=".", metavar="DIR", help="where checkpoints and logs go (default: %(default)s)")
+    add("--output-dir", type=os.path.expanduser, default=".", metavar="DIR",
+        help="where checkpoints and logs go (default: %(default)s)")  # fmt: skip
     add("--auto-resume", action="store_true", help="for sweeps: start, go on, or do nothing if the run is finished")
     add("--debug", action="store_true", help="show the traceback of an error")
 

@@ -278,7 +278,7 @@ def _status_of(main, argv) -> int:
         main(argv)
         return 0
     except (RunError, CheckpointError, DataError) as error:
-        if "--debug" in sys.argv:
+        if "--debug" in (sys.argv if argv is None else argv):
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

@@ -10,6 +10,7 @@ digit, on the same device.
 
 import argparse
 import glob
+import os
 import sys
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def matching_files(patterns: list[str]) -> list[str]:
     """Files of each pattern, in reverse order as in the original. Raises RunError if a pattern matches none."""
     files = []
     for pattern in patterns:
-        found = sorted(glob.glob(pattern), reverse=True)
+        # a file that is there is meant, whatever its name would match as a pattern
+        found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern), reverse=True)
         if not found:
             raise RunError(f"no checkpoint matches {pattern}; train one with shiftresnet/main.py or correct --model")
         files += found

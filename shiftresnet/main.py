@@ -107,7 +107,8 @@ def _add_our_flags(extra):
     extra.add_argument("--channels-last", action="store_true", help="store activations as NHWC")
     extra.add_argument("--seed", type=int, help="same seed, same bits on the CPU (default: a new one, logged)")
     extra.add_argument("--deterministic", action="store_true", help="same bits on a GPU too, slower")
-    extra.add_argument("--output-dir", default="./checkpoint", metavar="DIR", help="instead of ./checkpoint")
+    text = "instead of ./checkpoint"
+    extra.add_argument("--output-dir", type=os.path.expanduser, default="./checkpoint", metavar="DIR", help=text)
     extra.add_argument(
         "--auto-resume",
         action="store_true",

@@ -1,5 +1,6 @@
 """What a user's shell, notebook or matplotlib is set to does not stop the scripts."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -97,3 +98,31 @@ def test_lines_end_as_shells_want_it():
     assert "* text=auto eol=lf" in (ROOT / ".gitattributes").read_text()
     for path in SHELL_SCRIPTS:
         assert b"\r" not in (ROOT / path).read_bytes()
+
+
+@pytest.mark.parametrize("script, flags", [
+    ("shiftresnet.main", []), ("deepshift.mnist", []), ("s3.main", ["--embedded-data"]),
+    ("shared_bases.train_cifar10", []), ("epsilon_resnet.cifarEpsilonResnet", ["--cifar10"]),
+])  # fmt: skip
+def test_a_home_folder_after_an_equals_sign_is_one(script, flags, monkeypatch):
+    """The shell leaves the ~ of --output-dir=~/x as it is; a folder called ~ is not what was meant."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    module = importlib.import_module(script)
+    if script.startswith("shared_bases"):
+        training_script = importlib.import_module("shared_bases.training_script")
+        args, _ = training_script.parse_args("cifar10", "", ["--output-dir=~/x"])
+    else:
+        parsed = module.parse_args([*flags, "--output-dir=~/x"])
+        args = parsed[0] if isinstance(parsed, tuple) else parsed
+    assert args.output_dir == "/home/somebody/x"
+
+
+def test_a_checkpoint_is_that_file_even_if_its_name_is_a_pattern(tmp_path):
+    from shiftresnet import eval as evaluation
+
+    for name in ("d [1]", "d 1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.t7").touch()
+    path = str(tmp_path / "d [1]" / "a.t7")
+    assert evaluation.matching_files([path]) == [path]
+    assert evaluation.matching_files([str(tmp_path / "d *" / "a.t7")]) == [path, str(tmp_path / "d 1" / "a.t7")]

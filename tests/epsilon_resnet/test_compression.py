@@ -156,7 +156,7 @@ def test_no_log_or_several(folder, capsys):
     (folder / "other" / "log.log").touch()
     for where in (folder, folder / "other" / "nothing"):
         assert engine.run_script(compressModel.main, ["--dir", str(where), "--step=6"]) == 1
-        assert "No log.log or mulitple log.log exists" in capsys.readouterr().err
+        assert "No log.log or multiple log.log exists" in capsys.readouterr().err
 
 
 def test_a_cfg_and_weights_that_do_not_belong_together(folder, capsys):
