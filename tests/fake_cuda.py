@@ -1,9 +1,9 @@
-"""GPUs that are not there, for tests on a machine without one: PyTorch's fake tensors on `cuda`, and who waits for them.
+"""GPUs that are not there, for tests on a machine without one: fake tensors on `cuda`, and who waits for them.
 
-What a script computes on the host is computed. What it computes on `cuda` has shapes, types, a device and no values,
-so that a mixture of devices raises, and each value that the host asks for is an event of the log. It gets ones, and False for `any`.
-The operators of this repository run twice: their fake implementation, and what runs on a GPU, down to the launch; what
-they return must look the same.
+What a script computes on the host is computed. What it computes on `cuda` has a shape, a type and a device, but no
+values: a mixture of devices raises, and each value that the host asks for is an event of the log; the host gets ones.
+Operators of this repository run twice, as their fake implementation and as on a GPU, down to the launch, and what they
+return must look alike.
 """
 
 import contextlib
@@ -21,11 +21,13 @@ from torch.utils import _pytree as pytree
 from tests.fake import kernels, machine, tensors
 from tests.fake.log import Log, place
 
-aten = torch.ops.aten
+aten, HOST = torch.ops.aten, torch.device("cpu")
 PRODUCTS = {aten.convolution.default, aten.convolution_backward.default, aten.mm.default, aten.addmm.default,
             aten.bmm.default, aten._int_mm.default}  # fmt: skip
 TAKES_HOST_INDICES = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
-ASKS_FOR_FAULTS = {aten.any.default, aten.any.dim, aten.any.dims}  # (x is wrong).any(): no
+# Of these the host gets 0: (x is wrong).any(), and whether gradients are not finite.
+ASKS_FOR_FAULTS = {aten.any.default, aten.any.dim, aten.any.dims}
+LOOKS_FOR_INFINITIES = aten._amp_foreach_non_finite_check_and_unscale_.default
 
 
 class FakeCuda(FakeTensorMode):
@@ -51,13 +53,15 @@ class FakeCuda(FakeTensorMode):
             return _stand_in(args[0]).item()
         if func in (aten._to_copy.default, aten.copy_.default) and (hosts or goes_to == "cpu"):
             return self._across(func, args, kwargs, hosts)
-        self._check_devices(func, fakes, hosts)
+        self._check_devices(func, leaves[0], fakes, hosts)
         if hosts:
             args, kwargs = pytree.tree_map_only(Tensor, self._faked, (args, kwargs))
         result = self._on_device(func, types, args, kwargs)
         outputs = [output for output in _leaves([result]) if type(output) is FakeTensor]
         if func in ASKS_FOR_FAULTS:
             outputs[0].stands_for = 0
+        if func is LOOKS_FOR_INFINITIES:
+            args[1].stands_for = 0
         if self.recording is not None:
             self.recording.note(fakes, outputs, place())
         if any(output.device.type == "cpu" for output in outputs):
@@ -83,10 +87,10 @@ class FakeCuda(FakeTensorMode):
         if self.recording is not None:
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({operation}, {place()})")
 
-    def as_fake(self, tensor: Tensor) -> FakeTensor:
-        """A fake host tensor that looks like a real one. (The mode's own conversion would keep a reference to it.)"""
+    def as_fake(self, tensor: Tensor, device=HOST) -> FakeTensor:
+        """A fake tensor that looks like a real one. (The mode's own conversion would keep a reference to that.)"""
         same = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
-        return self.fake_tensor_converter.from_meta_and_device(self, same, torch.device("cpu"))
+        return self.fake_tensor_converter.from_meta_and_device(self, same, device)
 
     def _faked(self, tensor):
         return tensor if type(tensor) is FakeTensor else self.as_fake(tensor)
@@ -110,15 +114,15 @@ class FakeCuda(FakeTensorMode):
         if not (non_blocking and getattr(source, "_is_pinned_here", False)):
             self.wait("upload", func)
 
-    def _check_devices(self, func, fakes, hosts):
-        """Raises RuntimeError where PyTorch would, for tensors on several devices."""
-        devices = {str(fake.device) for fake in fakes}
-        blocking = [host for host in hosts if host.dim() or func._schema.is_mutable]
-        if blocking and func in TAKES_HOST_INDICES and all(host is not fakes[0] for host in blocking):
+    def _check_devices(self, func, first, fakes, hosts):
+        """Raises RuntimeError where PyTorch would, for tensors on several devices. first: what is written, if any."""
+        hosts = [host for host in hosts if host.dim() or (host is first and func._schema.is_mutable)]
+        if hosts and func in TAKES_HOST_INDICES and all(host is not first for host in hosts):
             return self.wait("upload", func)
-        if len(devices) + bool(blocking) > 1:
-            names = sorted(devices | {str(host.device) for host in blocking})
-            raise RuntimeError(f"Expected all tensors to be on the same device, but found {' and '.join(names)} ({func}, {place()})")
+        devices = sorted({str(tensor.device) for tensor in (*fakes, *hosts)})
+        if len(devices) > 1:
+            words = f"Expected all tensors to be on the same device, but found {' and '.join(devices)}"
+            raise RuntimeError(f"{words} ({func}, {place()})")
 
     def _on_device(self, func, types, args, kwargs):
         self._count_product(func, args)
@@ -138,8 +142,7 @@ class FakeCuda(FakeTensorMode):
         device = next(leaf.device for leaf in pytree.arg_tree_leaves(*args, **kwargs) if type(leaf) is FakeTensor)
         real = pytree.tree_map_only(FakeTensor, _stand_in, (args, kwargs))
         result = func(*real[0], **real[1])
-        lift = lambda t: self.fake_tensor_converter.from_meta_and_device(self, t.to("meta"), device)  # noqa: E731
-        return pytree.tree_map_only(Tensor, lift, result)
+        return pytree.tree_map_only(Tensor, lambda tensor: self.as_fake(tensor, device), result)
 
     def _count_product(self, func, leaves):
         if func in PRODUCTS or func.namespace == "effnets":

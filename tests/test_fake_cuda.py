@@ -6,13 +6,16 @@ from collections import Counter
 import pytest
 
 from tests.fake import kernels
-from tests.fake.cases import CASES
+from tests.fake.cases import CASES, NAMES_OF_DEVICES, VARIANTS
 from tests.fake.child import run
 from tests.fake.log import ROOT, steady, steady_steps
 
+# Functions that may read around the steps of an epoch, and how often: the check for a finite loss (every 100 steps and
+# at the end), the epoch's numbers, and what is printed after its first step.
+READS_AN_EPOCH = {"first_bad": 1, "result": 3, "train_one_epoch": 1, "advance": 1, "_show_first_losses": 3}
 STEPS = 2  # of the middle of a pass, at least, for a statement about its steps
 BENCHMARKS = [
-    "bench_shift_cuda.py --repeats=3 --warmup=1 --no-csv --mebibytes=1 --batches 2 --dtypes bf16 --parts bandwidth host",
+    "bench_shift_cuda.py --repeats=3 --warmup=1 --no-csv --mebibytes=1 --dtypes bf16 --parts bandwidth host",
     "bench_bitshift_cuda.py --repeats=3 --warmup=1 --no-csv --bits 4 --sizes 64x64 --batches 1 --int8-batches 32 "
     "--image-batches 1 --image=32 --parts linear int8",
     "bench_deepshift_training.py --arch=resnet20 --batch-size=8 --repeats=1",
@@ -50,7 +53,20 @@ def require_no_waiting(outcome, name, training, allowed=()):
     found = {where: often for where, often in steady(outcome, training).items()
              if not any(name in where for name in allowed)}  # fmt: skip
     listed = "\n".join(f"  {where}: {often:.2f} per step" for where, often in found.items())
-    assert not found, f"{name}: the host waits for the device in a step of {'training' if training else 'testing'}:\n{listed}"
+    kind = "training" if training else "testing"
+    assert not found, f"{name}: the host waits for the device in a step of {kind}:\n{listed}"
+
+
+def require_known_places(outcome, name):
+    """What reads in an epoch of training, outside of the middle too, and how often."""
+    epochs = {index for index, each in enumerate(outcome["passes"]) if each["training"] and each["steps"]}
+    reads = Counter()
+    for kind, _, where, index, _, count in outcome["events"]:
+        if kind != "upload" and index in epochs:
+            reads[where.rpartition(" ")[2], where] += count
+    for (function, where), count in reads.items():
+        often, most = count / len(epochs), READS_AN_EPOCH.get(function, 0)
+        assert often <= most, f"{name}: reads from the device {often:g} times an epoch, not {most}, at {where}"
 
 
 def print_places(outcome, name):
@@ -61,13 +77,16 @@ def print_places(outcome, name):
     print(f"{name}: in all", *(f"  {count:5d}  {what}" for what, count in sorted(places.items())), sep="\n")
 
 
-def train(case, folder, device, *flags, gpus, allowed=()):
-    outcome = run(case.path, *case.flags, "--seed=1", *flags, gpus=gpus, folder=folder)
+def train(case, folder, device, *flags, gpus, allowed=(), environment=None):
+    every = [*case.flags, "--seed=1", *flags]
+    outcome = run(case.path, *every, gpus=gpus, folder=folder, environment=environment)
     print_places(outcome, case.script)
     require_device(outcome, case.script, device)
     assert outcome["parameters"], f"{case.script}: no optimizer made a step"
     require_no_waiting(outcome, case.script, True, allowed)
     require_no_waiting(outcome, case.script, False)
+    if not allowed:
+        require_known_places(outcome, case.script)
     return outcome
 
 
@@ -105,6 +124,31 @@ def test_recorded_steps(case, folder):
     """--cuda-graph: nothing in a recording waits, no memory that it reads is freed before a replay."""
     outcome = train(case, folder, "cuda:0", "--epochs=2", "--cuda-graph", gpus=1, allowed=("capture.py",))
     assert outcome["replays"] > 0, f"{case.script}: no step was replayed"
+
+
+@pytest.mark.parametrize(("case", "flags", "gpus", "environment", "device"), [*VARIANTS, *NAMES_OF_DEVICES])
+def test_variants(case, flags, gpus, environment, device, folder):
+    """Other methods, optimizers and precisions; every other way to name a GPU."""
+    allowed = ("_local_scalar_dense",) if "--amp=fp16" in flags else ()
+    train(case, folder, device, "--epochs=1", *flags, gpus=gpus, allowed=allowed, environment=environment)
+
+
+def ilsvrc_on_all_gpus(script):
+    """What the script starts, instead of starting it."""
+    import os
+    import runpy
+    import sys
+
+    os.execv = lambda program, words: sys.exit("started: " + " ".join(map(str, words)))
+    sys.argv = [script, "--embedded-data", "--visible_device=0,1"]
+    runpy.run_path(script, run_name="__main__")
+
+
+def test_ilsvrc_takes_all_gpus(folder):
+    script = str(ROOT / "shared_bases" / "train_ilsvrc.py")
+    outcome = run(ilsvrc_on_all_gpus, script, gpus=2, folder=folder)
+    words = f"torch.distributed.run --standalone --nproc-per-node=2 {script} --embedded-data --visible_device=0,1"
+    assert words in str(outcome["status"]), outcome.text
 
 
 @pytest.mark.parametrize("command", BENCHMARKS, ids=lambda command: command.split()[0])

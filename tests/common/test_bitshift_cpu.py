@@ -101,13 +101,13 @@ def test_after_a_fork(pool):
     assert child.exitcode == 0
 
 
-WITHOUT_ASSEMBLY = """
+ON_ANOTHER = """
 import torch, torch.nn.functional as F
 from common.kernels import bitshift_linear, bitshift_conv2d, pack_shift_weights
 from common.kernels.shift2d import memory_format_of
 from tests.common.bitshift_cases import CODES, random_weights
-from common.kernels import codes_cpu_avx2
-assert not codes_cpu_avx2.available()
+from common.kernels import codes_cpu_avx2, vectors
+assert not vectors.has_avx512() and codes_cpu_avx2.available() == {assembly}
 for scheme, bits in CODES:
     weight = random_weights((40, 24), scheme, bits)
     packed, x = pack_shift_weights(weight, bits, scheme), torch.randint(-8, 9, (3, 24)).float()
@@ -133,23 +133,24 @@ def test_assembly_where_the_processor_takes_it(numba):
 
 
 def _without(feature):
-    """Variables with which numba compiles for this processor without AVX (and what needs it) or without FMA."""
+    """Variables with which numba compiles for this processor without AVX (and what needs it), AVX-512 or FMA."""
     if feature == "avx":
         return {"NUMBA_ENABLE_AVX": "0"}
     features = importlib.import_module("llvmlite.binding").get_host_cpu_features()
     if not features.get(feature):
-        pytest.skip(f"this processor has no {feature}")
-    features[feature] = False
+        pytest.skip("instruction set")
+    features.update({name: False for name in features if name == feature or name.startswith("avx512")})
     return {"NUMBA_CPU_FEATURES": features.flatten()}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("feature", ["avx", "fma"])
+@pytest.mark.parametrize("feature", ["avx", "fma", "avx512f"])
 def test_on_a_processor_without(numba, tmp_path, feature):
-    """Weights made in the instructions that LLVM chooses; without AVX, the bytes of floats computed, not looked up."""
+    """Weights made in the instructions that LLVM chooses; without AVX, the bytes of floats computed, not looked up.
+    Without AVX-512, what other tests reach on other processors only."""
     option = _without(feature)
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": str(tmp_path), **option}
-    command = [sys.executable, "-c", WITHOUT_ASSEMBLY]
+    command = [sys.executable, "-c", ON_ANOTHER.replace("{assembly}", str(feature == "avx512f"))]
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -251,7 +252,7 @@ def test_without_numba(why, monkeypatch, caplog):
     """The plain path, and one line in the log."""
     if why == "missing":
         monkeypatch.setitem(sys.modules, "numba", None)
-        for name in ("bitshift_cpu", "bitshift_cpu_kernels", "codes_cpu", "product_cpu", "vectors"):
+        for name in ("bitshift_cpu", "bitshift_cpu_kernels", "codes_cpu", "product_cpu", "rows_cpu_avx512", "vectors"):
             monkeypatch.delitem(sys.modules, f"common.kernels.{name}", raising=False)
             monkeypatch.delattr(f"common.kernels.{name}", raising=False)
     else:

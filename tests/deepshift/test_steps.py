@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.checkpoints import load_checkpoint
 from deepshift import cifar10, engine, imagenet, mnist, tasks
 from deepshift.quantizers import shift_l2_norm
+from deepshift.runs import read_metrics
 from deepshift.training import Training
 from tests.step_cases import random_images
 
@@ -251,8 +253,6 @@ def test_lr_sign_of_0_freezes_signs_on_imagenet_only():
 
 def test_rates_of_a_run_by_epoch(tmp_path, monkeypatch):
     """What metrics.jsonl tells, and what the optimizer had: a tenth after every --lr-step-size epochs."""
-    from deepshift.runs import read_metrics
-
     monkeypatch.setattr(tasks, "load_digits_set", random_images(8))
     had, step = [], torch.optim.SGD.step
     monkeypatch.setattr(
@@ -283,6 +283,22 @@ def test_the_epochs_at_which_rates_drop():
     args = imagenet.parse_args(["DIR", "--lr=1e-3", "--lr-step-size=5"])
     for epoch, rate in ((4, 1e-3), (5, 1e-4), (14, 1e-5)):
         assert task.learning_rates(args, [1e-3] * 3, epoch) == pytest.approx([rate] * 3), epoch
+
+
+def test_the_best_epoch_is_the_first_of_the_highest(tmp_path, monkeypatch):
+    """Its weights are the ones that are kept, and so is every tenth checkpoint of ImageNet."""
+    monkeypatch.setattr(tasks, "load_digits_set", random_images(8))
+    results = (engine.Result(1.0, accuracy, 99.0, 4, 8, 0.1, 1, 1.0) for accuracy in (50.0, 60.0, 60.0, 55.0))
+    monkeypatch.setattr(engine, "evaluate", lambda *_, **__: next(results))
+    flags = ["--batch-size=8", "--epochs=4", "--print-weights=no", "--shift-type=Q", f"--output-dir={tmp_path}"]
+    assert cifar10.main([*LENET, *flags]) == 0
+    folder = tmp_path / "cifar10" / "lenet" / "shift_q_all_wb_5"
+    result = read_metrics(folder / "metrics.jsonl")[-1]
+    assert (result["top1"], result["best_top1"], result["best_epoch"]) == (55.0, 60.0, 1)
+    assert load_checkpoint(folder / "model_best.pth.tar")["epoch"] == 2
+    assert load_checkpoint(folder / "weights.pth")["top1"] == 60.0
+    kept = [epoch for epoch in range(25) if imagenet.ImageNet(imagenet.parse_args).keeps(epoch)]
+    assert kept == [0, 10, 20] and not cifar10.Cifar10(cifar10.parse_args).keeps(0)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])

@@ -106,6 +106,7 @@ def test_run_scripts_have_the_originals_experiments(name, count):
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     lines = [line.removeprefix("+ ") for line in output.splitlines()]
     assert len(lines) == count
+    assert sum(" --auto-resume" in line for line in lines) == {"imagenet": 3, "svhn": 3, "svnh": 3}.get(name, 4)
     for line in lines:
         script, args = parse(line)
         if hasattr(script, "parse_args"):

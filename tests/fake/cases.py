@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+import pytest
+
 from tests.fake.log import ROOT
 
 QUIET, FEW, SMALL = "--print-freq=1000", ("--train-size=360", "--batch-size=90"), ("--embedded-data", "--image-size=32")
@@ -51,6 +53,12 @@ def _epsilon(name, *flags):
     )
 
 
+def variant(name, *flags, gpus=1, environment=None, device="cuda:0"):
+    """A case for one epoch, with other flags or on a machine that looks otherwise."""
+    case = next(case for case in CASES if case.script == name)
+    return pytest.param(case, flags, gpus, environment or {}, device, id=" ".join([name, *flags, *(environment or ())]))
+
+
 _WEIGHTS = "--resume=models/mnist/simple_conv/shift_ps_all_wb_5/weights"
 _SQUEEZED = "--weights=models/imagenet/squeezenet1_1/shift_ps_3_wb_5/weights.packed"
 _LOG = "train_log/imagenetEpsilonResnet"
@@ -84,3 +92,23 @@ CASES = [
           ("epsilon_resnet/imagenetCompressedResnet.py", *_GPU, "--eval", f"--load={_LOG}/compressed_model_8.pth",
            f"--cfg={_LOG}/compressed_model_8.cfg"))),
 ]  # fmt: skip
+
+VARIANTS = [  # --amp=fp16: its scaler decides on the host
+    variant("shiftresnet/main.py", "--arch=resnet20", "--reduction-mode=shuffle", "--amp=fp16"),
+    variant("deepshift/cifar10.py", "--shift-type=PS", "--opt=adam", "--alternate-update=True"),
+    variant("deepshift/cifar10.py", "--shift-type=PS", "--opt=rmsprop", "--freeze=True", "--rounding=stochastic"),
+    variant("deepshift/cifar10.py", "--shift-type=PS", "--opt=adadelta", "--amp=fp16"),
+    variant("s3/main.py", "--method=denseshift", "--weight-bits=4", "--deterministic"),
+    variant("s3/main.py", "--weight-bits=2", "--amp=fp16"),
+    variant("shared_bases/train_ilsvrc.py", "--amp=fp16"),
+    variant("epsilon_resnet/cifarEpsilonResnet.py", "--plain", "--amp=fp16"),
+    variant("epsilon_resnet/imagenetEpsilonResnet.py", "--fake", "--steps_per_epoch=4"),
+]
+NAMES_OF_DEVICES = [
+    variant("shiftresnet/main.py", "--device=cuda", gpus=2),
+    variant("deepshift/cifar10.py", "--gpu=1", gpus=2, device="cuda:1"),
+    variant("deepshift/cifar10.py", gpus=2, environment={"CUDA_VISIBLE_DEVICES": "1"}),
+    variant("s3/main_eval.py", "--gpu=1", gpus=2, device="cuda:1"),
+    variant("shared_bases/train_ilsvrc.py", "--visible_device=1", gpus=2),
+    variant("epsilon_resnet/cifarEpsilonResnet.py", "--gpu=1", gpus=2, device="cuda:1"),
+]

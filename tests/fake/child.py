@@ -13,7 +13,8 @@ from pathlib import Path
 from tests.fake.log import ROOT, Log
 
 PRELOADED = ["tests.fake.preload"]
-DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
+OF_OTHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+             "CUDA_VISIBLE_DEVICES")  # fmt: skip
 SECONDS = 300  # of a run, before it is killed
 
 
@@ -51,7 +52,7 @@ def _work(target, arguments, gpus, folder, output, report, environment):
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
     os.chdir(folder)
-    for name in DISTRIBUTED:
+    for name in OF_OTHERS:
         os.environ.pop(name, None)
     os.environ.update(environment)
     log = Log()

@@ -78,4 +78,4 @@ def steady(report: dict, training: bool, kinds=("read", "upload", "wait")) -> di
 
 def steady_steps(report: dict, training: bool) -> int:
     """How many steps `steady` looked at."""
-    return sum(max(0, each["steps"] - 2) for each in report["passes"] if each["training"] is training and each["steps"] > 2)
+    return sum(max(0, each["steps"] - 2) for each in report["passes"] if each["training"] is training)

@@ -1,4 +1,4 @@
-"""Where PyTorch's Python code cannot take fake tensors as it takes those of a GPU: patches, for good, of one process."""
+"""Where PyTorch's Python code does not take fake tensors as it takes those of a GPU: patches of a process, for good."""
 
 import copy
 import sys
@@ -16,7 +16,7 @@ ALIGNMENT = 512  # bytes, of what CUDA's allocator gives out
 
 
 def install(mode):
-    """mode: a FakeCuda, whose log takes the steps of optimizers, and when networks change between training and testing."""
+    """mode: a FakeCuda, whose log takes the steps of optimizers, and what changes between training and testing."""
     backward.install()
     _patch_tensors()
     _patch_modules(mode.log)
@@ -47,7 +47,8 @@ def _patch_tensors():
 
 
 def _no_numpy(self, *args, **kwargs):
-    raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host")
+    words = "device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."
+    raise TypeError(f"can't convert {self.device} {words}")
 
 
 _addresses = {"next": ALIGNMENT}
@@ -132,8 +133,12 @@ def _patch_checkpoints():
     import common.checkpoints as package
     from common.checkpoints import own
 
-    save = own.save_checkpoint
-    package.save_checkpoint = own.save_checkpoint = lambda path, payload, **options: save(path, on_host(payload), **options)
+    write = own.save_checkpoint
+
+    def save_checkpoint(path, payload, **options):
+        write(path, on_host(payload), **options)
+
+    package.save_checkpoint = own.save_checkpoint = save_checkpoint
 
 
 def on_host(value):

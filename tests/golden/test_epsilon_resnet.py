@@ -58,6 +58,7 @@ def cases(kind):
 
 def test_every_case_and_field_is_understood():
     assert set(GOLDEN) == {"paper", "conventions", "cases"}
+    assert {case["kind"] for case in GOLDEN["cases"]} == set(FIELDS), "no kind without a case"
     for case in GOLDEN["cases"]:
         assert case["kind"] in FIELDS, case["case"]
         assert set(case) - {"kind", "case"} <= set(FIELDS[case["kind"]].split()), case["case"]

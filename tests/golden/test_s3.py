@@ -219,6 +219,7 @@ def test_conversion(case):
     state = plain_state_dict(filled_model(case))
     assert (len(state), crc_of(state)) == (case["n_keys"], case["keys_crc32"])
     assert [[name, list(value.shape)] for name, value in state.items()] == case["keys"]
+    assert case["histogram"]
     for name, counts in case["histogram"].items():
         assert [int((state[name] == value).sum()) for value in case["histogram_values"]] == counts, name
     norms = ("running_mean", "running_var", "num_batches_tracked")

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.checkpoints import load_checkpoint
 from s3 import engine, inputs, main, main_eval
 from s3.runs import read_metrics
 from s3.s3conv2dshift import S3Conv2d
@@ -110,6 +111,16 @@ def test_rates_of_a_run_by_epoch(schedule, rates, tmp_path, monkeypatch):
     assert main.main([*FLAGS, *flags]) == 0
     lines = [line["lr"] for line in read_metrics(tmp_path / "metrics.jsonl") if line["type"] == "epoch"]
     assert lines == had == pytest.approx([0.2 * rate for rate in rates])
+
+
+def test_the_best_epoch_is_the_first_of_the_highest(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "load_digits_set", random_images(8))
+    results = (engine.Result(1.0, accuracy, 99.0, 8, 0.1) for accuracy in (50.0, 60.0, 60.0, 55.0))
+    monkeypatch.setattr(engine, "evaluate", lambda *_, **__: next(results))
+    assert main.main([*FLAGS, "--batch-size=8", "--epochs=4", f"--output-dir={tmp_path}"]) == 0
+    result = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert (result["top1"], result["best_top1"], result["best_epoch"]) == (55.0, 60.0, 1)
+    assert load_checkpoint(tmp_path / "model_best.pth.tar")["epoch"] == 2
 
 
 def test_rates_by_literal_epochs():
