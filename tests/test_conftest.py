@@ -47,7 +47,8 @@ def test_by_default_skips_are_skips(tmp_path, value):
 
 def test_with_require_all_only_what_this_machine_cannot_have_is_skipped(tmp_path):
     last, done = counts(tmp_path, REQUIRE_ALL="1")
-    assert (last, done.returncode) == ("2 failed, 2 skipped, 1 deselected, 1 error", 1)  # the mark is seen before the test
+    # an error is a mark that skips before the test begins
+    assert (last, done.returncode) == ("2 failed, 2 skipped, 1 deselected, 1 error", 1)
     for reason in ("numba is not installed", "g++ not found", "no_such_module"):
         assert "REQUIRE_ALL is set, and this was skipped: " in done.stdout and reason in done.stdout
 

@@ -13,7 +13,7 @@ from tests.fake.log import ROOT, steady, steady_steps
 # Functions that may read around the steps of an epoch, and how often: the check for a finite loss (every 100 steps and
 # at the end), the epoch's numbers, and what is printed after its first step.
 READS_AN_EPOCH = {"first_bad": 1, "result": 3, "train_one_epoch": 1, "advance": 1, "_show_first_losses": 3}
-STEPS = 2  # of the middle of a pass, at least, for a statement about its steps
+STEPS = 1  # of the middle of a pass, at least, for a statement about its steps
 BENCHMARKS = [
     "bench_shift_cuda.py --repeats=3 --warmup=1 --no-csv --mebibytes=1 --dtypes bf16 --parts bandwidth host",
     "bench_bitshift_cuda.py --repeats=3 --warmup=1 --no-csv --bits 4 --sizes 64x64 --batches 1 --int8-batches 32 "

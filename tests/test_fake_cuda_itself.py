@@ -127,7 +127,8 @@ def what_waits():
 def what_does_not_wait():
     x, host = torch.ones(4, device="cuda"), torch.ones(4)
     host.pin_memory().to("cuda", non_blocking=True)
-    x * 2 + host[0], x.add_(host[0]), torch.where(x > 0, x, 0.5), x.index_select(0, x.long()), x.to("cuda"), x.clone(), x.max()
+    x * 2 + host[0], x.add_(host[0]), torch.where(x > 0, x, 0.5), x.index_select(0, x.long())
+    x.to("cuda"), x.clone(), x.max()
     torch.zeros(3, device="cuda"), torch.arange(3, device="cuda"), host.sum().item(), host.numpy(), x.shape
     nn.Linear(4, 2).double().half(), host[host > 0].tolist()
 

@@ -6,12 +6,12 @@ import pytest
 
 from tests.fake.log import ROOT
 
-QUIET, FEW, SMALL = "--print-freq=1000", ("--train-size=360", "--batch-size=90"), ("--embedded-data", "--image-size=32")
-MNIST = ("deepshift/mnist.py", "--type=conv", "--shift-type=PS", "--embedded-data", "--test-batch-size=90")
-LENET = ("deepshift/cifar10.py", "--arch=lenet", "--embedded-data", "--batch-size=90", QUIET)
+QUIET, FEW, SMALL = "--print-freq=1000", ("--train-size=360", "--batch-size=120"), ("--embedded-data", "--image-size=32")
+MNIST = ("deepshift/mnist.py", "--type=conv", "--shift-type=PS", "--embedded-data", "--test-batch-size=120")
+LENET = ("deepshift/cifar10.py", "--arch=lenet", "--embedded-data", "--batch-size=120", QUIET)
 SQUEEZE = ("deepshift/imagenet.py", "--arch=squeezenet1_1", "--shift-type=PS", "--shift-depth=3", *SMALL, "--workers=0",
-           "--batch-size=90", QUIET)  # fmt: skip
-DIGITS = ("--dataset=digits", "--arch=resnet8", "--batch-size=90", QUIET)
+           "--batch-size=120", QUIET)  # fmt: skip
+DIGITS = ("--dataset=digits", "--arch=resnet8", "--batch-size=120", QUIET)
 PLAIN = ("s3/main_eval.py", "-e", *DIGITS, "--resume=plain.pth.tar")
 BASES = {"10": "ResNet32_DoubleShared", "100": "ResNet34_SingleShared"}
 COMPRESS = ("epsilon_resnet/compressModel.py", "--embedded-data")
@@ -33,22 +33,22 @@ class Case:
 
 
 def _shared_bases(number):
-    model, few = f"--model={BASES[number]}", ("--embedded-data", "--batch_size=90")
+    model, few = f"--model={BASES[number]}", ("--embedded-data", "--batch_size=120")
     file = f"--pretrained=checkpoint/CIFAR{number}-{BASES[number]}-S16-U1-L10-0.pth"
     return Case(f"shared_bases/train_cifar{number}.py", (model, *few, "--train-size=360"),
                 ((f"shared_bases/eval_cifar{number}.py", model, *few, file),))  # fmt: skip
 
 
 def _epsilon(name, *flags):
-    """A CIFAR or SVHN script of epsilon-ResNet: 8 steps in two epochs, then compressed."""
-    log, file = "train_log.x", "--cfg=train_log.x/compressed_model_8.cfg"
-    few = ("--embedded-data", "--train-size=200", "--batch_size=50")
+    """A CIFAR or SVHN script of epsilon-ResNet: 6 steps in two epochs, then compressed."""
+    log, file = "train_log.x", "--cfg=train_log.x/compressed_model_6.cfg"
+    few = ("--embedded-data", "--train-size=150", "--batch_size=50")
     compressed = (f"epsilon_resnet/{name}CompressedResnet.py", "--gpu=0", *flags, file, "--embedded-data")
-    verified = (*COMPRESS, f"--dir={log}", "--step=8", "--verify", "--criterion=gate")
+    verified = (*COMPRESS, f"--dir={log}", "--step=6", "--verify", "--criterion=gate")
     return Case(
         f"epsilon_resnet/{name}EpsilonResnet.py",
         ("-n=2", "-o=x", *flags, *few),
-        ((*COMPRESS, f"--dir={log}", "--step=8"), compressed, verified),
+        ((*COMPRESS, f"--dir={log}", "--step=6"), compressed, verified),
         {verified: PRUNED},
     )
 
@@ -64,7 +64,7 @@ _SQUEEZED = "--weights=models/imagenet/squeezenet1_1/shift_ps_3_wb_5/weights.pac
 _LOG = "train_log/imagenetEpsilonResnet"
 _GPU = ("--gpu=0", "-d=18", *SMALL, "--workers=0")
 CASES = [
-    Case("shiftresnet/main.py", ("--arch=shiftresnet20", "--embedded-data", "--train-size=200", "--batch_size=50"),
+    Case("shiftresnet/main.py", ("--arch=shiftresnet20", "--embedded-data", "--train-size=150", "--batch_size=50"),
          (("shiftresnet/eval.py", "--model=checkpoint/*.t7", "--embedded-data"),)),
     Case(MNIST[0], (*MNIST[1:], "--opt=radam", "--log-interval=1000", *FEW),
          ((*MNIST, "-e", f"{_WEIGHTS}.pth"), (*MNIST, "-e", f"{_WEIGHTS}.packed", "--use-kernel=True"))),
@@ -80,17 +80,17 @@ CASES = [
     Case("s3/main_eval.py", ("--arch=resnet18", QUIET, *FEW, *SMALL, "--workers=0")),
     _shared_bases("10"),
     _shared_bases("100"),
-    Case("shared_bases/train_ilsvrc.py", ("--model=ResNet18", "--train-size=360", "--batch_size=90", *SMALL,
+    Case("shared_bases/train_ilsvrc.py", ("--model=ResNet18", "--train-size=360", "--batch_size=120", *SMALL,
                                           "--workers=0"),
-         (("shared_bases/eval_ilsvrc.py", "--model=ResNet18", *SMALL, "--workers=0", "--batch_size=90",
+         (("shared_bases/eval_ilsvrc.py", "--model=ResNet18", *SMALL, "--workers=0", "--batch_size=120",
            "--pretrained=checkpoint/ILSVRC-ResNet18-S32-U1-L10-0.pth"),)),
     _epsilon("cifar", "--cifar10"),
     _epsilon("svhn"),
-    Case("epsilon_resnet/imagenetEpsilonResnet.py", (*_GPU, "--train-size=200", "--batch_size=50"),
-         (("epsilon_resnet/imagenetEpsilonResnet.py", *_GPU, "--eval", f"--load={_LOG}/model-8.pth"),
-          (*COMPRESS, "--dir=train_log", "--step=8"),
-          ("epsilon_resnet/imagenetCompressedResnet.py", *_GPU, "--eval", f"--load={_LOG}/compressed_model_8.pth",
-           f"--cfg={_LOG}/compressed_model_8.cfg"))),
+    Case("epsilon_resnet/imagenetEpsilonResnet.py", (*_GPU, "--train-size=150", "--batch_size=50"),
+         (("epsilon_resnet/imagenetEpsilonResnet.py", *_GPU, "--eval", f"--load={_LOG}/model-6.pth"),
+          (*COMPRESS, "--dir=train_log", "--step=6"),
+          ("epsilon_resnet/imagenetCompressedResnet.py", *_GPU, "--eval", f"--load={_LOG}/compressed_model_6.pth",
+           f"--cfg={_LOG}/compressed_model_6.cfg"))),
 ]  # fmt: skip
 
 VARIANTS = [  # --amp=fp16: its scaler decides on the host
@@ -102,7 +102,7 @@ VARIANTS = [  # --amp=fp16: its scaler decides on the host
     variant("s3/main.py", "--weight-bits=2", "--amp=fp16"),
     variant("shared_bases/train_ilsvrc.py", "--amp=fp16"),
     variant("epsilon_resnet/cifarEpsilonResnet.py", "--plain", "--amp=fp16"),
-    variant("epsilon_resnet/imagenetEpsilonResnet.py", "--fake", "--steps_per_epoch=4"),
+    variant("epsilon_resnet/imagenetEpsilonResnet.py", "--fake", "--steps_per_epoch=3"),
 ]
 NAMES_OF_DEVICES = [
     variant("shiftresnet/main.py", "--device=cuda", gpus=2),

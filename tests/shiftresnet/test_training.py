@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -129,27 +128,6 @@ def test_ddp_trains_and_tests_every_image_once(tmp_path):
     best = read_metrics(tmp_path / NAME / "metrics.jsonl")[-1]["best_top1"]
     path = str(tmp_path / f"{NAME}.t7")
     assert evaluation.main([f"--model={path}", "--embedded-data", "--device=cpu"])[path] == best
-
-
-def test_two_machines_are_one_run(tmp_path):
-    """torchrun once on each, here both on the loopback; the second shows and writes nothing."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    flags = [*TINY, "--train-size=33", "--batch_size=17", "--epochs=1", f"--output-dir={tmp_path}"]
-    nodes = []
-    for rank in (0, 1):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={rank}",
-                    "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]  # fmt: skip
-        nodes.append(subprocess.Popen([*launcher, "shiftresnet/main.py", *flags], cwd=ROOT, text=True,
-                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                      env={**os.environ, "OMP_NUM_THREADS": "1"}))  # fmt: skip
-    (first, errors), (second, more_errors) = [node.communicate(timeout=300) for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], errors + more_errors
-    assert "/33)" in first and "/355)" in first and second == ""
-    kinds = [line["type"] for line in read_metrics(tmp_path / NAME / "metrics.jsonl")]
-    assert kinds == ["run", "epoch", "result"]
-    assert load_checkpoint(tmp_path / NAME / "last.pt")["epoch"] == 0
 
 
 def test_a_small_set_is_learned(tmp_path):
