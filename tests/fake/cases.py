@@ -6,7 +6,8 @@ import pytest
 
 from tests.fake.log import ROOT
 
-QUIET, FEW, SMALL = "--print-freq=1000", ("--train-size=360", "--batch-size=120"), ("--embedded-data", "--image-size=32")
+QUIET, FEW = "--print-freq=1000", ("--train-size=360", "--batch-size=120")
+SMALL = ("--embedded-data", "--image-size=32")
 MNIST = ("deepshift/mnist.py", "--type=conv", "--shift-type=PS", "--embedded-data", "--test-batch-size=120")
 LENET = ("deepshift/cifar10.py", "--arch=lenet", "--embedded-data", "--batch-size=120", QUIET)
 SQUEEZE = ("deepshift/imagenet.py", "--arch=squeezenet1_1", "--shift-type=PS", "--shift-depth=3", *SMALL, "--workers=0",
