@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from tests.fake import kernels, machine, tensors
 from tests.fake.log import Log, place
 
-aten, HOST = torch.ops.aten, torch.device("cpu")
+aten, HOST, META = torch.ops.aten, torch.device("cpu"), torch.device("meta")
 PRODUCTS = {aten.convolution.default, aten.convolution_backward.default, aten.mm.default, aten.addmm.default,
             aten.bmm.default, aten._int_mm.default}  # fmt: skip
 TAKES_HOST_INDICES = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
@@ -89,8 +89,7 @@ class FakeCuda(FakeTensorMode):
 
     def as_fake(self, tensor: Tensor, device=HOST) -> FakeTensor:
         """A fake tensor that looks like a real one. (The mode's own conversion would keep a reference to that.)"""
-        same = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
-        return self.fake_tensor_converter.from_meta_and_device(self, same, device)
+        return self.fake_tensor_converter.from_meta_and_device(self, _on_meta(tensor), device)
 
     def _faked(self, tensor):
         return tensor if type(tensor) is FakeTensor else self.as_fake(tensor)
@@ -100,9 +99,9 @@ class FakeCuda(FakeTensorMode):
         if func is aten._to_copy.default:
             if not hosts:
                 self.wait("read", func)
-                return _stand_in(super().__torch_dispatch__(func, (), args, kwargs))
+                return func(_stand_in(args[0]), **kwargs)
             self._upload(func, args[0], kwargs.get("non_blocking", False))
-            return super().__torch_dispatch__(func, (), (self.as_fake(args[0]), *args[1:]), kwargs)
+            return self.as_fake(func(_on_meta(args[0]), **kwargs | {"device": META}), kwargs["device"])
         target, source, *rest = args
         if type(target) is FakeTensor:
             self._upload(func, source, (*rest, kwargs.get("non_blocking", False))[0])
@@ -178,6 +177,10 @@ def _leaves(values):
         else:
             found.append(value)
     return found
+
+
+def _on_meta(tensor):
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=META)
 
 
 def _stand_in(fake: FakeTensor) -> Tensor:

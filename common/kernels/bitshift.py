@@ -56,7 +56,8 @@ def bitshift_linear(x, packed, bias=None, arithmetic="float", activation_bits=(1
         run = _one_row(x, packed, bias)
         if run:
             y = run(x, packed.codes)
-            return y if bias is None else y.add_(bias)
+            y = y if bias is None else y.add_(bias)
+            return y if y.dtype == x.dtype else y.to(x.dtype)
     weights, fraction = _weights(packed, name, 2), _fraction(arithmetic, activation_bits, name)
     if calls_kernel:
         return _linear(x, weights, bias, fraction)
@@ -194,14 +195,14 @@ def _linear(x, weights, bias, fraction):
     if x.is_cuda:  # its kernels take x's dtype and the bias
         y = kernels.linear(rows, weights, bias)
     else:
-        y = kernels.linear(rows if x.dtype == torch.float32 else rows.float(), weights)
+        y = kernels.linear(rows, weights)
         y = y if bias is None else y + bias
         y = (y if y.dtype == x.dtype else y.to(x.dtype)).contiguous()
     return y if x.dim() == 2 else y.reshape((*x.shape[:-1], weights.shape[0]))
 
 
 def _one_row(x, packed, bias):
-    """The CPU kernel for one row of contiguous float32 x, checked once; None: it is another case, or wrong."""
+    """The CPU kernel for one row of contiguous x, checked once; None: it is another case, or wrong."""
     if not isinstance(packed, PackedShiftWeights) or not (x.is_cpu and x.is_contiguous() and packed.codes.is_cpu):
         return None
     codes = packed.codes
@@ -212,13 +213,13 @@ def _one_row(x, packed, bias):
 
 @functools.lru_cache(maxsize=256)
 def _find_one_row(kernels, x_shape, x_dtype, codes_shape, codes_dtype, added, shape, bits, base, zero):
-    if len(shape) != 2 or x_shape[-1:] != shape[1:] or x_shape.numel() != shape[1]:
+    if not kernels or len(shape) != 2 or x_shape[-1:] != shape[1:] or x_shape.numel() != shape[1]:
         return None
-    is_right = x_dtype == torch.float32 and codes_dtype == torch.uint8 and codes_shape == (code_bytes(shape, bits),)
-    is_right = is_right and added in (None, (shape[:1], torch.float32, True))
-    if not (kernels and is_right and shape[0] and shape[1]) or shape[0] % GROUP or shape[1] % 8:
+    is_right = x_dtype in kernels.input_types() and codes_dtype == torch.uint8
+    is_right = is_right and codes_shape == (code_bytes(shape, bits),) and added in (None, (shape[:1], x_dtype, True))
+    if not (is_right and shape[0] and shape[1]) or shape[0] % GROUP or shape[1] % 8:
         return None
-    return kernels.one_row((*x_shape[:-1], shape[0]), shape[1], bits, base, zero)
+    return kernels.few_rows((*x_shape[:-1], shape[0]), shape[1], bits, base, zero, x_dtype)
 
 
 def _linear_sums(kernels, integers, weights):
@@ -243,8 +244,10 @@ def _conv2d(x, weights, bias, stride, padding, dilation, groups, fraction):
         return y.contiguous(memory_format=memory_format_of(x))
     if kernels is None:
         return conv2d_reference(x, weights, bias, *geometry)
-    if x.dtype == torch.float32 or x.is_cuda:
-        return kernels.conv2d(x, weights, bias if x.is_cuda else as_wide(bias, x), *geometry)
+    if x.is_cuda:
+        return kernels.conv2d(x, weights, bias, *geometry)
+    if x.dtype in kernels.input_types() and (bias is None or bias.dtype == x.dtype):
+        return kernels.conv2d(x, weights, bias, *geometry)
     return kernels.conv2d(x.float(), weights, as_wide(bias, x), *geometry).to(x.dtype)
 
 
@@ -254,7 +257,7 @@ def _linear_kernel(x, codes, bias, shape, bits, base, zero, fraction):
 
 def _conv2d_kernel(x, codes, bias, shape, bits, base, zero, stride, padding, dilation, groups, fraction):
     weights = Weights(codes, tuple(shape), bits, base, zero)
-    return _conv2d(x, weights, bias, stride, padding, dilation, groups, fraction)
+    return _conv2d(x, weights, bias, tuple(stride), tuple(padding), tuple(dilation), groups, fraction)
 
 
 def _linear_fake(x, codes, bias, shape, bits, base, zero, fraction):

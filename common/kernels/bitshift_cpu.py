@@ -13,18 +13,22 @@ import torch.nn.functional as F
 from numba import config
 
 from common.kernels import bitshift_cpu_kernels as kernels
-from common.kernels import threads
+from common.kernels import codes_cpu_avx512, rows_cpu_avx512, threads
 from common.kernels.bitshift_pack import BLOCK, GROUP, code_values, in_order, low_bits, output_size
 from common.kernels.codes_cpu import small_exponent
 from common.kernels.product_cpu import WIDTH, equals_library, pad_entry
 from common.kernels.shift2d import memory_format_of
+from common.kernels.vectors import has_avx512, lanes
 
 CHUNK = 256  # inputs whose weights are multiplied at a time: 16 KiB for 16 outputs, half of an L1 cache
 MANY_ROWS = 128  # of x; beyond, unpacking columns for the library's product is faster
 COLUMNS = 512  # unpacked at a time for the library's product
 SMALL = 2**16  # weights of a convolution that may be brought into any order in no time
-MOST_PATCHES = 8000  # pixels of y times taps of a small convolution; beyond, the library's is faster
+# Pixels of y times taps of a small convolution, with vectors of 8 floats and of 16; beyond, the library's is faster.
+MOST_PATCHES = {8: 8000, 16: 4000}
 MOST_TERMS = 8192  # of a sum: 16 outputs' weights of so many are 512 KiB
+LEAST_SPREAD = 4  # rows of x; fewer fit into the cache wherever they are
+SAME_PLACE, APART = 1024, 320  # bytes: rows a multiple of the first apart are put so much further apart
 WORKSPACE = 2**24  # floats, at most, kept for unpacked weights
 
 
@@ -49,6 +53,14 @@ def _tables(bits, base, zero):
     return table.ctypes.data, table
 
 
+@functools.lru_cache(maxsize=64)
+def _table(bits, base, zero):
+    """(address, array): the 32 bfloat16 of `codes_cpu_avx512.table_of`."""
+    values = codes_cpu_avx512.table_of(code_values(bits, base, zero), bits)
+    table = (np.array(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return table.ctypes.data, table
+
+
 def _run_panels(entry, bits, codes, tables, x, y, *more, scratch=0):
     rows, panels, blocks = x.shape[0], y.shape[1] // GROUP, x.shape[1] // 8
     arguments = bits, codes.data_ptr(), x.data_ptr(), y.data_ptr(), blocks, tables, *more
@@ -57,40 +69,103 @@ def _run_panels(entry, bits, codes, tables, x, y, *more, scratch=0):
     threads.run(threads.compiled(entry), arguments, panels, item_bytes, scratch)
 
 
+def input_types():
+    """Types of x that a linear layer multiplies as they are; bfloat16 where the processor does."""
+    return (torch.float32, torch.bfloat16) if has_avx512() else (torch.float32,)
+
+
 def linear(x, weights):
-    """float32 x (rows, in) @ weights.T -> (rows, out), float32. weights: of shape (out, in), on the CPU."""
+    """x (rows, in) @ weights.T -> (rows, out), float32. x: of `input_types`, or becomes float32. weights: of shape
+    (out, in), on the CPU."""
+    x = x if x.dtype in input_types() else x.float()
     rows, outputs = x.shape[0], weights.shape[0]
     if rows == 0 or 0 in weights.shape:
-        return x.new_zeros(rows, outputs)
+        return x.new_zeros(rows, outputs, dtype=torch.float32)
     x = (F.pad(x, (0, -x.shape[1] % 8)) if x.shape[1] % 8 else x).contiguous()
     if rows > MANY_ROWS:
-        return _by_columns(x, weights)
+        return _by_columns(x.float(), weights)
     filled, bits, base, zero = -(-outputs // GROUP) * GROUP, weights.bits, weights.base, weights.zero
-    if rows == 1:
-        y = one_row((1, filled), x.shape[1], bits, base, zero)(x, weights.codes)
+    x = _spread(x)
+    if rows == 1 or has_avx512() and (rows <= rows_cpu_avx512.MOST_ROWS or x.dtype == torch.bfloat16):
+        y = few_rows((rows, filled), x.shape[1], bits, base, zero, x.dtype, x.stride(0))(x, weights.codes)
     else:
         y, tables = x.new_zeros(rows, filled), _tables(bits, base, zero)[0]
-        more = _terms(CHUNK, GROUP * 4)[0], _steps(rows, x.stride(0) * 4)[0], _steps(rows, y.stride(0) * 4)[0]
-        more = rows, CHUNK // 8, *more
-        _run_panels(kernels.many_rows_entry, bits, weights.codes, tables, x, y, *more, scratch=CHUNK * GROUP * 4)
+        more = _terms(CHUNK, GROUP * 4)[0], _steps(rows, x.stride(0) * 4)[0], _steps(rows, GROUP * 4)[0]
+        more, scratch = (rows, CHUNK // 8, *more), (CHUNK + rows) * GROUP * 4
+        _run_panels(kernels.many_rows_entry, bits, weights.codes, tables, x, y, *more, scratch=scratch)
     return y[:, :outputs] if outputs % GROUP else y
 
 
-@functools.lru_cache(maxsize=256)
-def one_row(y_shape, inputs, bits, base, zero):
-    """Function of contiguous float32 x, `inputs` elements, a multiple of 8, and codes: y, float32, shape y_shape, the
-    last a multiple of 32. What does not depend on the tensors is found out once: on cold caches it takes long."""
-    panels, blocks, tables = y_shape[-1] // GROUP, inputs // 8, _tables(bits, base, zero)
-    kernel, more = threads.compiled(kernels.one_row_entry), (int(zero), small_exponent(bits, base, zero))
-    run_kernel = threads.prepared(kernel, panels, blocks * GROUP * bits, inputs * 4)
-    y_strides = torch.empty(y_shape, device="meta").stride()
+def _spread(x):
+    """x (rows, in), with its rows apart so that they do not compete for the same places of the cache."""
+    row = x.stride(0) * x.element_size()
+    if len(x) < LEAST_SPREAD or row % SAME_PLACE:
+        return x
+    spread = x.new_empty(len(x), x.shape[1] + APART // x.element_size())
+    return spread[:, : x.shape[1]].copy_(x)
 
-    def run(x, codes):
-        y = x.new_empty_strided(y_shape, y_strides)  # new_empty takes longer
-        run_kernel(bits, codes.data_ptr(), x.data_ptr(), y.data_ptr(), blocks, tables[0], *more)
+
+@functools.lru_cache(maxsize=256)
+def few_rows(y_shape, inputs, bits, base, zero, dtype=torch.float32, x_row=0):
+    """Function of x of this type, `inputs` elements a row, a multiple of 8, rows `x_row` apart, and codes: y, float32,
+    shape y_shape, the last a multiple of 32. For one row of float32, with AVX-512 also for what `linear` says. What
+    does not depend on the tensors is found out once: on cold caches it takes long."""
+    make = _few_rows_avx512 if has_avx512() else _one_row
+    (first, others), run_kernel, kept = make(y_shape, inputs, bits, base, zero, dtype, x_row)
+    y_strides = torch.empty(y_shape, device="meta").stride()
+    is_added_to = math.prod(y_shape[:-1]) > rows_cpu_avx512.MOST_ROWS
+
+    def run(x, codes, kept=kept):
+        y = x.new_empty_strided(y_shape, y_strides, dtype=torch.float32)  # new_empty takes longer
+        if is_added_to:
+            y.zero_()
+        run_kernel(*first, codes.data_ptr(), x.data_ptr(), y.data_ptr(), *others)
         return y
 
     return run
+
+
+def _one_row(y_shape, inputs, bits, base, zero, dtype, x_row):
+    panels, blocks, tables = y_shape[-1] // GROUP, inputs // 8, _tables(bits, base, zero)
+    run_kernel = threads.prepared(threads.compiled(kernels.one_row_entry), panels, blocks * GROUP * bits, inputs * 4)
+    return ((bits,), (blocks, tables[0], int(zero), small_exponent(bits, base, zero))), run_kernel, tables
+
+
+def _few_rows_avx512(y_shape, inputs, bits, base, zero, dtype, x_row):
+    panels, blocks, rows = y_shape[-1] // GROUP, inputs // 8, math.prod(y_shape[:-1])
+    kernel = threads.compiled(rows_cpu_avx512.ROWS_ENTRIES[bits])
+    scratch = (CHUNK // 2 + rows) * GROUP * 4 if rows > rows_cpu_avx512.MOST_ROWS else 0
+    run_kernel = threads.prepared(kernel, panels, blocks * GROUP * bits * max(1, rows // 4), scratch)
+    x_row, table, terms = x_row * dtype.itemsize, _table(bits, base, zero), _terms(CHUNK, GROUP * 4)
+    places, sums = _steps(rows, x_row), _steps(rows, GROUP * 4)
+    more = rows, x_row, int(dtype == torch.bfloat16), CHUNK // 8, terms[0], places[0], sums[0]
+    return ((), (blocks, table[0], *more)), run_kernel, (table, terms, places, sums)
+
+
+@functools.lru_cache(maxsize=64)
+def _byte_table(bits, zero):
+    """(address, array): the 64 weights of `codes_cpu_avx512.byte_table_of`, int8, in units of the smallest magnitude,
+    then eight times 128."""
+    values = [int(value) for value in code_values(bits, -int(zero), zero)]
+    table = np.array(codes_cpu_avx512.byte_table_of(values, bits) + [-128] * 8, np.int8)
+    return table.ctypes.data, table
+
+
+def takes_int8():
+    """Whether `linear_int8` is for this processor."""
+    return has_avx512()
+
+
+def linear_int8(x, weights):
+    """int8 x (rows, in) -> int32 (rows, out), not empty: exact sums of x * w / (smallest magnitude of w)."""
+    (rows, inputs), outputs, bits = x.shape, weights.shape[0], weights.bits
+    x = F.pad(x.contiguous(), (0, -inputs % 8)).bitwise_xor(-128)  # bytes without a sign, 128 more
+    y, table = torch.empty(rows, -(-outputs // GROUP) * GROUP, dtype=torch.int32), _byte_table(bits, weights.zero)
+    blocks, panels = x.shape[1] // 8, y.shape[1] // GROUP
+    arguments = weights.codes.data_ptr(), x.data_ptr(), y.data_ptr(), blocks, table[0], rows, x.stride(0)
+    kernel = threads.compiled(rows_cpu_avx512.INTEGERS_ENTRIES[bits])
+    threads.run(kernel, arguments, panels, blocks * GROUP * bits * -(-rows // rows_cpu_avx512.MOST_ROWS))
+    return y[:, :outputs].contiguous()
 
 
 @functools.lru_cache(maxsize=64)
@@ -141,6 +216,15 @@ def unpack(weights, buffer=None):
     return in_order(buffer, weights.shape)
 
 
+def unpack_half(weights):
+    """As `unpack`, in bfloat16, in this thread's workspace."""
+    blocks, table = weights.codes.numel() // (GROUP * weights.bits), _table(weights.bits, weights.base, weights.zero)
+    buffer = _workspace.floats(blocks * BLOCK // 2)
+    arguments = weights.bits, weights.codes.data_ptr(), buffer.data_ptr(), table[0]
+    threads.run(threads.compiled(rows_cpu_avx512.halves_entry), arguments, blocks, BLOCK * 2)
+    return in_order(buffer.view(torch.bfloat16), weights.shape)
+
+
 class _Workspace(threading.local):
     """Of each thread, for the weights or inputs of one convolution: fresh memory would cost more than unpacking."""
 
@@ -159,11 +243,14 @@ _workspace = _Workspace()
 
 
 def conv2d(x, weights, bias, stride, padding, dilation, groups):
-    """float32 x (N, in, H, W) -> (N, out, H', W'), in x's memory format. bias: float32 or None.
+    """x (N, in, H, W) -> (N, out, H', W'), in x's memory format and type, of `input_types`. bias: like x, or None.
 
-    Few pixels: weights are unpacked into the cache and multiplied there. Many: the library's convolution on unpacked
-    weights, which costs a few percent of it.
+    Few pixels: weights are unpacked into the cache and multiplied there. Many, or bfloat16: the library's convolution
+    on unpacked weights, which costs a few percent of it.
     """
+    if x.dtype == torch.bfloat16:
+        y = F.conv2d(x, unpack_half(weights), bias, stride, padding, dilation, groups)
+        return y.contiguous(memory_format=memory_format_of(x))
     shape = output_size(x.shape, weights.shape, stride, padding, dilation)
     if _is_small(shape, weights.shape, groups):
         return _by_pixels(x, weights, bias, shape, stride, padding, dilation)
@@ -180,7 +267,7 @@ def _is_small(shape, weight_shape, groups):
     terms = math.prod(weight_shape[1:])
     fits = groups == 1 and outputs % WIDTH == 0 and weight_shape[1] % 16 == 0 and 0 < terms <= MOST_TERMS
     work = images * height * width * math.prod(weight_shape[2:])
-    return fits and 0 < work <= MOST_PATCHES and equals_library()
+    return fits and 0 < work <= MOST_PATCHES[lanes()] and equals_library()
 
 
 def _by_pixels(x, weights, bias, shape, stride, padding, dilation):

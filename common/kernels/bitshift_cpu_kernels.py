@@ -6,7 +6,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from common.kernels.codes_cpu import SMALL_WEIGHTS, dot, unpack
-from common.kernels.product_cpu import product, to_panel
+from common.kernels.product_cpu import product, to_panel, wide_product
 from common.kernels.vectors import (
     FLOAT,
     FLOATS,
@@ -14,7 +14,9 @@ from common.kernels.vectors import (
     I64,
     INTS,
     LONGS,
+    add_floats,
     broadcast,
+    clear_floats,
     fetch_add,
     load,
     number,
@@ -142,20 +144,20 @@ def _one_row(counters, scratch, grain, panels, bits, codes, x, y, blocks, tables
 
 
 @njit
-def _many_rows(
-    counters, scratch, grain, panels, bits, codes, x, y, blocks, tables, rows, chunk, terms, places, targets
-):
-    # One item is a panel: 32 outputs of every row of x. scratch: the weights of `chunk` blocks.
-    size = blocks * 32 * bits
+def _many_rows(counters, scratch, grain, panels, bits, codes, x, y, blocks, tables, rows, chunk, terms, places, lines):
+    # One item is a panel: 32 outputs of every row of x. scratch: the weights of `chunk` blocks, then their sums, which
+    # are added to y: the error of a float32 sum grows with its length.
+    size, sums = blocks * 32 * bits, scratch + chunk * 1024
     while True:
         first = fetch_add(counters, grain)
         for panel in range(first, min(first + grain, panels)):
             for block in range(0, blocks, chunk):
                 count = min(chunk, blocks - block)
                 unpack(bits, codes + panel * size + block * 32 * bits, scratch, count, 128, tables)
-                for half in range(2):
-                    weights, outputs, inputs = scratch + half * 64, y + panel * 128 + half * 64, x + block * 32
-                    product(weights, terms, count * 8, inputs, places, rows, outputs, targets, outputs, targets)
+                clear_floats(sums, rows * 128)
+                wide_product(scratch, terms, count * 8, x + block * 32, places, rows, sums, lines, sums, lines, 64)
+                for row in range(rows):
+                    add_floats(y + (panel + row * panels) * 128, sums + row * 128, 128)
         if first + grain >= panels:
             return
 

@@ -1,4 +1,6 @@
-"""arithmetic="int8" of bitshift_linear: weights as integers times int8 activations, exact, on a GPU by tensor cores.
+"""arithmetic="int8" of bitshift_linear: weights as integers times int8 activations, exact.
+
+On a GPU by tensor cores, on a CPU by AVX-512's products of bytes where it has them.
 
 A weight +-2**p over the smallest magnitude of its code is an integer, 0 or +-1 to +-64 where the code has at most seven
 magnitudes: S3 and DeepShift-PS of 4 bits or less, DeepShift-Q of 3 (with 4 bits it needs +128). Unlike "fixed", nothing
@@ -89,15 +91,25 @@ def _cuda_kernels():
     return loaded("bitshift_int8_cuda", "bitshift: plain PyTorch for int8 on CUDA: CuPy")
 
 
+@functools.cache
+def _cpu_kernels():
+    kernels = loaded("bitshift_cpu", "bitshift: plain PyTorch for int8 on the CPU: numba")
+    return kernels if kernels and kernels.takes_int8() else None
+
+
+def _kernels(x):
+    return _cuda_kernels() if x.is_cuda else _cpu_kernels() if x.is_cpu else None
+
+
 @torch.library.custom_op("effnets::bitshift_linear_int8", mutates_args=())
 def _operator(x: Tensor, codes: Tensor, shape: list[int], bits: int, base: int, zero: bool) -> Tensor:
     weights = Weights(codes, tuple(shape), bits, base, zero)
-    kernels = _cuda_kernels() if x.is_cuda else None
+    kernels = _kernels(x)
     if codes.shape != (code_bytes(weights.shape, bits),):
         raise ValueError(f"bitshift_linear: {tuple(codes.shape)} codes do not fit weights of shape {weights.shape}")
     if kernels is None or 0 in (*x.shape, shape[0]):
         return linear_int8_reference(x, weights)
-    return kernels.linear(x, weights)
+    return kernels.linear(x, weights) if x.is_cuda else kernels.linear_int8(x, weights)
 
 
 @_operator.register_fake

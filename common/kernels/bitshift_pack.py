@@ -3,7 +3,7 @@
 A code is a sign bit and a magnitude m of bits - 1 bits: the weight is +-2**(base + m), or 0 for m = 0 where the scheme
 has a zero. Codes come in blocks of 256, eight groups of 32, in 32 * bits bytes: first a plane with the low 2 or 4 bits
 of every code, then planes of one bit each. The order inside is chosen so that a processor with 32-byte vectors takes a
-group apart without moving anything across its halves, and finds its weights in order (`_BYTE_OF`).
+group apart without moving anything across its halves, and finds its weights in order (`BYTE_OF`).
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ SCHEMES = ("PS", "Q", "S3")
 VERSION = 3
 # Byte of a group that holds its i-th weight. Interleaving two bytes per weight (the upper half of a float) within each
 # 16-byte half, then spreading even and odd pairs, yields four vectors of eight floats: weights 0-7, 8-15, 16-23, 24-31.
-_BYTE_OF = [i % 8 // 4 * 16 + i // 16 * 8 + i % 4 * 2 + i // 8 % 2 for i in range(GROUP)]
+BYTE_OF = [i % 8 // 4 * 16 + i // 16 * 8 + i % 4 * 2 + i // 8 % 2 for i in range(GROUP)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -237,7 +237,7 @@ def _plane_order(bits, device):
 def _interleave(code, bits):
     """(blocks, 8, 32) int codes -> 1-D uint8."""
     device, width = code.device, low_bits(bits)
-    byte_of = torch.tensor(_BYTE_OF, device=device)
+    byte_of = torch.tensor(BYTE_OF, device=device)
     code = torch.empty_like(code).index_copy_(2, byte_of, code.contiguous())
     per_byte = 8 // width
     low = (code & (2**width - 1)).view(-1, 8 // per_byte, per_byte, GROUP)
@@ -256,7 +256,7 @@ def _deinterleave(codes, bits):
     order = _plane_order(bits, device)
     for plane, bit in enumerate(_plane_bits(bits), start=width):
         code = code | (vectors[:, plane : plane + 1] >> order & 1) << bit
-    return code[:, :, torch.tensor(_BYTE_OF, device=device)]
+    return code[:, :, torch.tensor(BYTE_OF, device=device)]
 
 
 def code_values(bits, base, zero):

@@ -4,7 +4,6 @@ For the same instructions LLVM runs out of registers and moves sums and constant
 tenth longer.
 """
 
-import llvmlite.binding
 from llvmlite import ir
 from numba.core import cgutils
 
@@ -12,8 +11,6 @@ from common.kernels.bitshift_pack import low_bits
 from common.kernels.vectors import FLOATS, I8, I32, processor_has
 
 SUMS = 8  # vectors: two for each 8 of the 32 outputs, as an addition takes longer than the next weight
-
-llvmlite.binding.initialize_native_asmparser()  # also for code from numba's cache that is compiled into other code
 
 
 def available():

@@ -1,9 +1,10 @@
 """Products of gathered inputs with panels of 16 outputs: what the CPU's linear layers and convolutions are made of.
 
 Six rows of inputs times two vectors of outputs fill AVX2's 16 vector registers: twelve sums, two weights, an input. So
-do three rows times four vectors, two panels, which read their inputs half as often. Inputs are broadcast one by one, so
-each may come from anywhere: an input's address is that of its row plus an offset of its own, which is all that a
-convolution, or a shift, adds to a linear layer.
+do three rows times four vectors, two panels, which read their inputs half as often. AVX-512's vectors are twice as
+long, and eight rows times two of them keep a processor busy. Inputs are broadcast one by one, so each may come from
+anywhere: an input's address is that of its row plus an offset of its own, which is all that a convolution, or a shift,
+adds to a linear layer. With AVX-512 two bfloat16 inputs may be in a float's place, and two weights.
 """
 
 import functools
@@ -17,12 +18,16 @@ from common.kernels.vectors import (
     FLOATS,
     I32,
     I64,
+    WIDE_FLOATS,
+    add_wide_products,
     broadcast,
     clear_floats,
     copy_floats,
     fetch_add,
+    lanes,
     load,
     multiply_add,
+    named,
     number,
     prefetch,
     shuffle,
@@ -30,13 +35,18 @@ from common.kernels.vectors import (
 )
 
 WIDTH = 16  # outputs of a panel
-ROWS = 6  # at a time, of one panel
+
+
+def most_rows(panels):
+    """Rows that are multiplied at a time by one panel, or by two together."""
+    return (12 if panels == 1 else 8) if lanes() == 16 else 6 // panels
 
 
 @functools.cache
 def equals_library():
-    """Whether PyTorch's own products are no faster than `product`: with longer vectors than AVX2's they are."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+    """Whether PyTorch's own products are no faster than `product`: with longer vectors than ours they are."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return capability == "AVX2" or (capability == "AVX512" and lanes() == 16)
 
 
 def _add_products(builder, inputs, weights, sums):
@@ -59,7 +69,17 @@ def _add_products(builder, inputs, weights, sums):
                 add(value, weight, totals[i])
 
 
-def _make_tile(rows, panels, asks):
+def _add_wide(builder, inputs, weights, sums, kind):
+    """The same in vectors of 16, of what the kind says."""
+    kept = [load(builder, WIDE_FLOATS, *weight) for weight in weights]
+    for place, totals in zip(inputs, sums, strict=True):
+        add_wide_products(builder, place, 0, kept, totals, kind)
+
+
+def _make_tile(rows, panels, asks, add_products):
+    kind = WIDE_FLOATS if lanes() == 16 else FLOATS
+    size = 4 * kind.count
+
     @intrinsic
     def tile(typing, weights, terms, count, x, places, start, starts, y, targets, step, ahead, lines):
         """y[row, :16 * panels] = start[row] + sum over i < count of weights[i] * x[row, i]; floats
@@ -71,13 +91,13 @@ def _make_tile(rows, panels, asks):
 
         def codegen(context, builder, signature, arguments):
             weights, terms, count, x, places, start, starts, y, targets, step, ahead, lines = arguments
-            vectors = range(2 * panels)
+            vectors = range(64 * panels // size)
 
             def row_of(base, table, row):
                 return builder.add(base, load(builder, I64, table, 8 * row))
 
             inputs = [row_of(x, places, row) for row in range(rows)]
-            sums = [[cgutils.alloca_once_value(builder, load(builder, FLOATS, place, 32 * i)) for i in vectors]
+            sums = [[cgutils.alloca_once_value(builder, load(builder, kind, place, size * i)) for i in vectors]
                     for place in (row_of(start, starts, row) for row in range(rows))]  # fmt: skip
             with cgutils.for_range(builder, count) as loop:
                 term = builder.add(terms, builder.mul(loop.index, number(16)))
@@ -87,11 +107,12 @@ def _make_tile(rows, panels, asks):
                     prefetch(builder, builder.add(ahead, builder.sext(line, I64)))
                 offset = load(builder, I64, term, 8)
                 values = [builder.add(place, offset) for place in inputs]
-                halves = [(first, 0), (first, 32), (builder.add(first, step), 0), (builder.add(first, step), 32)]
-                _add_products(builder, values, halves[: 2 * panels], sums)
+                starts_of_panels = [first, builder.add(first, step)][:panels]
+                parts = [(place, offset) for place in starts_of_panels for offset in range(0, 64, size)]
+                add_products(builder, values, parts, sums)
             for row, totals in enumerate(sums):
                 for i, total in enumerate(totals):
-                    store(builder, builder.load(total), row_of(y, targets, row), 32 * i)
+                    store(builder, builder.load(total), row_of(y, targets, row), size * i)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 12), codegen
@@ -99,11 +120,34 @@ def _make_tile(rows, panels, asks):
     return tile
 
 
-def _make_product(panels, asks):
-    most = ROWS // panels
-    tile1, tile2, tile3, tile4, tile5, tile6 = (_make_tile(min(i, most), panels, asks) for i in range(1, ROWS + 1))
+def _one_of(tiles, *name):
+    """Function of a number of rows, and of what the tiles take: it calls the tile for so many rows, the first for 1."""
+    first = tiles[0]
+    if len(tiles) == 1:
 
-    @njit
+        @named(*name, 1)
+        def last(rows, *arguments):
+            first(*arguments)
+
+        return last
+    others = _one_of(tiles[1:], *name)
+
+    @named(*name, len(tiles))
+    def choose(rows, *arguments):
+        if rows == 1:
+            first(*arguments)
+        else:
+            others(rows - 1, *arguments)
+
+    return choose
+
+
+def _make_product(panels, asks=False, kind="float"):
+    add_products = functools.partial(_add_wide, kind=kind) if lanes() == 16 else _add_products
+    most, name = most_rows(panels), (panels, asks, kind)
+    tile = _one_of([_make_tile(rows, panels, asks, add_products) for rows in range(1, most + 1)], *name)
+
+    @named(*name)
     def product(weights, terms, count, x, places, rows, start, starts, y, targets, step=0, ahead=0, lines=0):
         """y[row, :16 * panels] = start[row] + gathered inputs times weights, for any number of rows: see `_make_tile`.
 
@@ -112,22 +156,11 @@ def _make_product(panels, asks):
         """
         tiles = (rows + most - 1) // most
         first = 0
-        for tile in range(tiles):
+        for i in range(tiles):
             # As even as can be: a tile of one row takes as long as one of four.
-            size = (rows - first + tiles - tile - 1) // (tiles - tile)
+            size = (rows - first + tiles - i - 1) // (tiles - i)
             at, begin, to = places + 8 * first, starts + 8 * first, targets + 8 * first
-            if most > 3 and size == 6:
-                tile6(weights, terms, count, x, at, start, begin, y, to, step, ahead, lines)
-            elif most > 3 and size == 5:
-                tile5(weights, terms, count, x, at, start, begin, y, to, step, ahead, lines)
-            elif most > 3 and size == 4:
-                tile4(weights, terms, count, x, at, start, begin, y, to, step, ahead, lines)
-            elif size == 3:
-                tile3(weights, terms, count, x, at, start, begin, y, to, step, ahead, lines)
-            elif size == 2:
-                tile2(weights, terms, count, x, at, start, begin, y, to, step, ahead, lines)
-            else:
-                tile1(weights, terms, count, x, at, start, begin, y, to, step, ahead, lines)
+            tile(size, weights, terms, count, x, at, start, begin, y, to, step, ahead, lines)
             first += size
             lines += 4 * count
         return lines
@@ -135,7 +168,26 @@ def _make_product(panels, asks):
     return product
 
 
-product, asking_product, asking_pair = _make_product(1, False), _make_product(1, True), _make_product(2, True)
+product, asking_product, asking_pair = _make_product(1), _make_product(1, asks=True), _make_product(2, asks=True)
+
+
+def _make_wide_product():
+    if lanes() == 16:
+        return _make_product(2)
+
+    @njit
+    def two_products(weights, terms, count, x, places, rows, start, starts, y, targets, step):
+        for half in range(2):
+            some, outputs, begin = weights + half * step, y + half * 64, start + half * 64
+            product(some, terms, count, x, places, rows, begin, starts, outputs, targets)
+
+    return two_products
+
+
+# Of two panels, as `product` takes them, the second `step` bytes further on.
+wide_product = _make_wide_product()
+# The same for pairs of bfloat16, where the processor multiplies them.
+pairs_product = _make_product(2, kind="half") if lanes() == 16 else wide_product
 
 
 def _transposed(builder, rows):

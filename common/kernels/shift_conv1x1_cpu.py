@@ -12,7 +12,7 @@ import torch
 from numba import carray, config, njit
 
 from common.kernels import threads
-from common.kernels.product_cpu import ROWS, WIDTH, asking_pair, asking_product, equals_library, to_panel
+from common.kernels.product_cpu import WIDTH, asking_pair, asking_product, equals_library, most_rows, to_panel
 from common.kernels.shift_conv1x1 import tap_order, taps
 from common.kernels.vectors import fetch_add, word
 
@@ -146,7 +146,7 @@ def _plan(shape, outputs, together, stride, kernel_size, dilation, by_tap):
     bands = list(zip(edges[:-1], edges[1:], strict=True))
     by_band = _records(shape, outputs, stride, moves, bands, address)
     at = address([record for records in by_band for record in records])
-    most = ROWS // together
+    most = most_rows(together)
     steps = max(sum(-(-rows // most) * terms for _, terms, _, rows, _ in records) for records in by_band)
     passes = min(outputs // WIDTH // together, max(1, MOST_ASKED // steps))
     asked = asked[np.arange(steps * passes) * len(asked) // (steps * passes)].astype(np.int32)

@@ -1,10 +1,10 @@
-"""What benchmarks on a GPU leave when they are cut off or one of them fails, tried on the CPU."""
+"""What benchmarks on a GPU leave when cut off or when one fails, tried on the CPU; and other libraries missing."""
 
 import csv
 
 import pytest
 
-from benchmarks import bench_deepshift_training, timing
+from benchmarks import bench_deepshift_training, bench_peers, timing
 
 
 @pytest.fixture
@@ -60,3 +60,20 @@ def test_rounds_of_training_are_written_at_once(tmp_path, monkeypatch):
     rounds = bench_deepshift_training.main([*words, f"--csv={table}"])
     assert lengths == [0, 0, 0, 0, 0, 0, 1, 1, 1]  # three to warm up, then three kinds in each round
     assert [float(row["PS"]) for row in read(table)] == [row["PS"] for row in rounds]
+
+
+def test_peers_that_are_installed(capsys, monkeypatch):
+    """Compared with torch's own 4-bit layer at least; of one that is missing a line says so."""
+
+    def missing(inputs, outputs):
+        raise ImportError("no package of that name")
+
+    monkeypatch.setattr(timing, "COPY_ELEMENTS", 2**16)
+    monkeypatch.setitem(bench_peers.LINEAR, "square", (256, 128))
+    monkeypatch.setattr(bench_peers, "PEERS", {"torch int4": bench_peers.torch_int4, "another": missing})
+    options = "--layers square --batches 1 3 --repeats 2 --warmup 1 --max-seconds 1 --no-rotate --no-csv"
+    bench_peers.main(options.split())
+    output = capsys.readouterr().out
+    assert "without another: ImportError: no package of that name" in output
+    for batch in (1, 3):
+        assert f"256 -> 128, 4 bits, batch {batch} torch int4 / bitshift_linear bf16: time ratio" in output

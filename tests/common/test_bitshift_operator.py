@@ -27,6 +27,15 @@ def test_opcheck(fraction):
         torch.library.opcheck(conv, (x, CONV.codes, torch.randn(6), *of(CONV), *geometry, fraction))
 
 
+def test_small_convolution():
+    """Through the dispatcher, which passes lists, as well as past it: what is known about sizes is kept by them."""
+    packed = pack_shift_weights(random_weights((16, 16, 3, 3), "PS", 4), 4, "PS")
+    x = torch.randn(1, 16, 5, 4)
+    assert torch.equal(
+        bitshift_conv2d(x.requires_grad_(), packed, None, 1, 1), bitshift_conv2d(x.detach(), packed, None, 1, 1)
+    )
+
+
 def test_opcheck_multiply():
     weight = random_weights((6, 4, 3, 3), "Q", 5)
     geometry = (2, 1), (1, 0), (1, 2), 2
