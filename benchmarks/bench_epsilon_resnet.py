@@ -48,7 +48,7 @@ def make_step(model, device, batch_size, gated):
         cost.backward()
         optimizer.step()
         if gated:
-            averages.update(number, output, model.epsilon, loss, targets)
+            averages.update(output, model.epsilon, loss, targets)
 
     return step
 
@@ -104,7 +104,7 @@ def statistics_time(n, batch_size, repeats, device):
     averages, targets = Statistics(config, device), torch.randint(10, (batch_size,), device=device)
     logits = torch.randn(batch_size, 10, device=device)
     output = Output(logits, logits, torch.rand(len(config.block_names), device=device))
-    return min(timed(lambda: averages.update(9, output, 2.5, logits.sum(), targets), device) for _ in range(repeats))
+    return min(timed(lambda: averages.update(output, 2.5, logits.sum(), targets), device) for _ in range(repeats))
 
 
 def main(argv=None):

@@ -78,7 +78,7 @@ def print_places(outcome, name):
 
 
 def train(case, folder, device, *flags, gpus, allowed=(), environment=None):
-    every = [*case.flags, "--seed=1", *flags]
+    every = [*case.flags, "--seed=1", "--epochs=2", *flags]
     outcome = run(case.path, *every, gpus=gpus, folder=folder, environment=environment)
     print_places(outcome, case.script)
     require_device(outcome, case.script, device)
@@ -108,21 +108,21 @@ def evaluate(case, folder, device, *flags, gpus):
 @by_script
 def test_default_device(case, folder):
     """Trained with one GPU, tested with two: `auto` takes the first."""
-    train(case, folder, "cuda:0", "--epochs=2", gpus=1)
+    train(case, folder, "cuda:0", gpus=1)
     evaluate(case, folder, "cuda:0", gpus=2)
 
 
 @by_script
 def test_second_gpu(case, folder):
     """cuda:1 of two, in bfloat16 and channels-last."""
-    train(case, folder, "cuda:1", "--epochs=1", "--device=cuda:1", "--amp=bf16", "--channels-last", gpus=2)
+    train(case, folder, "cuda:1", "--device=cuda:1", "--amp=bf16", "--channels-last", gpus=2)
     evaluate(case, folder, "cuda:1", "--device=cuda:1", gpus=2)
 
 
 @by_script
 def test_recorded_steps(case, folder):
     """--cuda-graph: nothing in a recording waits, no memory that it reads is freed before a replay."""
-    outcome = train(case, folder, "cuda:0", "--epochs=2", "--cuda-graph", gpus=1, allowed=("capture.py",))
+    outcome = train(case, folder, "cuda:0", "--cuda-graph", gpus=1, allowed=("capture.py",))
     assert outcome["replays"] > 0, f"{case.script}: no step was replayed"
 
 

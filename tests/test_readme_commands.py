@@ -79,6 +79,7 @@ BUDGETS = {
     "benchmarks/bench_shared_bases.py": "--batch-size=2 --repeats=1",
     "benchmarks/bench_epsilon_resnet.py": "--no-csv -n=2 --batch-size=2 --repeats=1",
     "common/checkpoints/__main__.py": "",
+    "tests/mutants.py": "--list",
     "tests/run.sh": "--collect-only -q -n 0 tests/test_run_all.py",
 }
 SMALLER = {
@@ -91,6 +92,7 @@ NOT_RUN = {
     "benchmarks/run.py": "writes into benchmarks/results, in minutes; the benchmarks are run one by one",
     ".ci/run": "runs these tests",
     "tests/gpu.sh": "needs a GPU",
+    "benchmarks/bench_peers.py": "compares with libraries that are not in the requirements",
 }
 SWEEPS = re.compile(r"\w+/(sweep|run)_\w+\.sh")  # days on a GPU: the commands of their dry run are checked
 # What stands for something else, and what commands within a line leave out.

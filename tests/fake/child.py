@@ -60,7 +60,6 @@ def _work(target, arguments, gpus, folder, output, report, environment):
     sys.stdout.flush()
     sys.stderr.flush()
     report.write_text(json.dumps({"status": status, "seconds": time.process_time(), **log.report()}))
-    os._exit(0)
 
 
 def _status(log, gpus, target, arguments):
