@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from tests.fake import kernels
-from tests.fake.cases import CASES, NAMES_OF_DEVICES, VARIANTS
+from tests.fake.cases import CASES, NAMES_OF_DEVICES, SCRIPTS, VARIANTS
 from tests.fake.child import run
 from tests.fake.log import ROOT, steady, steady_steps
 
@@ -23,6 +23,8 @@ BENCHMARKS = [
     "bench_epsilon_resnet.py -n=2 --batch-size=4 --repeats=3 --no-csv",
     "bench_shared_bases.py --batch-size=2 --repeats=1",
 ]
+PAPERS = ("shiftresnet", "deepshift", "s3", "shared_bases", "epsilon_resnet")
+ON_THE_HOST = {"convert", "count", "checkpoints", "plot", "plot_orthogonality", "plot_tradeoff", "similarity"}
 by_script = pytest.mark.parametrize("case", CASES, ids=lambda case: case.script)
 
 
@@ -105,6 +107,14 @@ def evaluate(case, folder, device, *flags, gpus):
             require_no_waiting(outcome, name, False)
 
 
+def test_every_script_is_here():
+    """Every script is run below, or computes on the host only."""
+    texts = {path: path.read_text() for paper in PAPERS for path in (ROOT / paper).glob("*.py")}
+    scripts = {str(path.relative_to(ROOT)) for path, text in texts.items()
+               if '__name__ == "__main__"' in text and path.stem not in ON_THE_HOST}  # fmt: skip
+    assert scripts == {script for script in SCRIPTS if script != "s3/convert.py"}
+
+
 @by_script
 def test_default_device(case, folder):
     """Trained with one GPU, tested with two: `auto` takes the first."""
@@ -149,6 +159,23 @@ def test_ilsvrc_takes_all_gpus(folder):
     outcome = run(ilsvrc_on_all_gpus, script, gpus=2, folder=folder)
     words = f"torch.distributed.run --standalone --nproc-per-node=2 {script} --embedded-data --visible_device=0,1"
     assert words in str(outcome["status"]), outcome.text
+
+
+def one_case_of_capture_gpu():
+    """tests/capture_gpu.py, with few steps: bits are equal here whatever it does, but it must come to its end."""
+    import sys
+
+    from tests import capture_gpu
+
+    capture_gpu.STEPS, capture_gpu.TIMED_STEPS, capture_gpu.BATCH = 8, 3, 16
+    capture_gpu.CASES = capture_gpu.CASES[:1]
+    sys.exit(capture_gpu.main(["--out=runs"]))
+
+
+def test_capture_gpu(folder):
+    outcome = run(one_case_of_capture_gpu, folder=folder)
+    require_device(outcome, "tests/capture_gpu.py", "cuda:0")
+    assert outcome["replays"] > 0 and len((folder / "runs" / "capture.csv").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("command", BENCHMARKS, ids=lambda command: command.split()[0])

@@ -33,11 +33,11 @@ class Case:
         return str(ROOT / self.script)
 
 
-def _shared_bases(number):
+def _shared_bases(number, *others):
     model, few = f"--model={BASES[number]}", ("--embedded-data", "--batch_size=120")
     file = f"--pretrained=checkpoint/CIFAR{number}-{BASES[number]}-S16-U1-L10-0.pth"
     return Case(f"shared_bases/train_cifar{number}.py", (model, *few, "--train-size=360"),
-                ((f"shared_bases/eval_cifar{number}.py", model, *few, file),))  # fmt: skip
+                ((f"shared_bases/eval_cifar{number}.py", model, *few, file), *others))  # fmt: skip
 
 
 def _epsilon(name, *flags):
@@ -79,7 +79,7 @@ CASES = [
          (("s3/main.py", "-e", *DIGITS, "--resume=model_best.pth.tar"),
           ("s3/convert.py", "model_best.pth.tar", "plain.pth.tar"), PLAIN, (*PLAIN, "--use-kernel"))),
     Case("s3/main_eval.py", ("--arch=resnet18", QUIET, *FEW, *SMALL, "--workers=0")),
-    _shared_bases("10"),
+    _shared_bases("10", ("shared_bases/modelsize.py", "--repeats=2")),
     _shared_bases("100"),
     Case("shared_bases/train_ilsvrc.py", ("--model=ResNet18", "--train-size=360", "--batch_size=120", *SMALL,
                                           "--workers=0"),
@@ -94,11 +94,13 @@ CASES = [
            f"--cfg={_LOG}/compressed_model_6.cfg"))),
 ]  # fmt: skip
 
+SCRIPTS = {script for case in CASES for script in (case.script, *(command[0] for command in case.evaluations))}
 VARIANTS = [  # --amp=fp16: its scaler decides on the host
     variant("shiftresnet/main.py", "--arch=resnet20", "--reduction-mode=shuffle", "--amp=fp16"),
     variant("deepshift/cifar10.py", "--shift-type=PS", "--opt=adam", "--alternate-update=True"),
     variant("deepshift/cifar10.py", "--shift-type=PS", "--opt=rmsprop", "--freeze=True", "--rounding=stochastic"),
     variant("deepshift/cifar10.py", "--shift-type=PS", "--opt=adadelta", "--amp=fp16"),
+    variant("deepshift/imagenet.py", "--workers=2"),
     variant("s3/main.py", "--method=denseshift", "--weight-bits=4", "--deterministic"),
     variant("s3/main.py", "--weight-bits=2", "--amp=fp16"),
     variant("shared_bases/train_ilsvrc.py", "--amp=fp16"),

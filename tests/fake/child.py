@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import time
 import traceback
@@ -41,30 +42,33 @@ def run(target, *arguments, gpus: int = 1, folder: Path, environment=None) -> Ou
     process.start()
     process.join(SECONDS)
     if process.is_alive():
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         process.join()
     found = json.loads(report.read_text()) if report.exists() else {"status": f"killed ({process.exitcode})"}
     return Outcome(found, output=output.read_text(errors="replace") if output.exists() else "")
 
 
 def _work(target, arguments, gpus, folder, output, report, environment):
+    os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # of this process's own children: what it is without a test
     with open(output, "wb") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
     os.chdir(folder)
     for name in OF_OTHERS:
         os.environ.pop(name, None)
-    os.environ.update(environment)
     log = Log()
-    status = _status(log, gpus, target, arguments)
+    status = _status(log, gpus, target, arguments, environment)
     sys.stdout.flush()
     sys.stderr.flush()
     report.write_text(json.dumps({"status": status, "seconds": time.process_time(), **log.report()}))
 
 
-def _status(log, gpus, target, arguments):
+def _status(log, gpus, target, arguments, environment):
     from tests.fake_cuda import fake_cuda
 
+    _hide_real_gpus()
+    os.environ.update(environment)
     logging.getLogger().addHandler(_Notes(log))
     try:
         with fake_cuda(log, gpus):
@@ -78,6 +82,15 @@ def _status(log, gpus, target, arguments):
         traceback.print_exc()
         return 1
     return 0
+
+
+def _hide_real_gpus():
+    """CUDA looks at CUDA_VISIBLE_DEVICES once: from here on this process has no real GPU."""
+    import torch
+
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    assert not torch.cuda.is_available()
+    del os.environ["CUDA_VISIBLE_DEVICES"]
 
 
 def _script(path, arguments):
