@@ -133,14 +133,6 @@ def test_every_kernel_is_launched(stem, launched):
     assert not missing, f"nothing launches {sorted(missing)} of {stem}.cu"
 
 
-@pytest.mark.parametrize("stem", sorted({stem for stems in CALLS.values() for stem in stems}))
-def test_shared_memory_is_there(stem):
-    """Without asking for more than CUDA gives by itself; `launch` asks for none besides what kernels declare."""
-    declared = kernels.shared_memory(stem)
-    assert set(declared) == set(kernels.entries(stem))
-    assert max(declared.values()) <= kernels.MOST_SHARED, declared
-
-
 def test_every_source_is_here():
     sources = {path.stem for path in Path(launch.__file__).parent.rglob("*.cu")}
     assert sources == {PROBE, *(stem for stems in CALLS.values() for stem in stems)}

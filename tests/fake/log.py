@@ -14,7 +14,7 @@ def place() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith(str(ROOT)) and not name.startswith(TESTS) and "/.venv/" not in name:
+        if name.startswith(str(ROOT)) and not name.startswith(TESTS) and "site-packages" not in name:
             return f"{Path(name).relative_to(ROOT)}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     return "outside of the repository"
@@ -25,7 +25,7 @@ class Log:
 
     A pass begins where a network changes between training and testing. Its steps end with an update of the weights, or
     with a loss where nothing is trained. Kinds: `read`, the host waits for a value; `upload`, it waits until a copy to
-    the device is done; `wait`, it waits and says so; `launch`, a kernel of ours.
+    the device is done; `wait`, it waits and says so.
     """
 
     def __init__(self):
@@ -59,23 +59,21 @@ class Log:
                 "parameters": dict(self.parameters), "replays": self.replays, "notes": self.notes}  # fmt: skip
 
 
-def steady(report: dict, training: bool, kinds=("read", "upload", "wait")) -> dict[str, float]:
-    """Events of the middle of every pass: {"kind operation at place": how often per step}.
-
-    The middle: after the first step with what follows it, which may set something up, and before the last one's end.
-    """
-    found, steps = Counter(), 0
-    middle = {}
-    for index, each in enumerate(report["passes"]):
-        if each["training"] is training and each["steps"] > 2:
-            middle[index] = range(2, each["steps"])
-            steps += len(middle[index])
+def steady(report: dict, training: bool) -> dict[str, float]:
+    """Events in the middle of every pass: {"kind by operation at place": how often per step}."""
+    found, middle = Counter(), _middle(report, training)
     for kind, operation, where, index, step, count in report["events"]:
-        if kind in kinds and index in middle and step in middle[index]:
+        if step in middle.get(index, ()):
             found[f"{kind} by {operation} at {where}"] += count
-    return {name: count / steps for name, count in found.items()}
+    return {name: count / steady_steps(report, training) for name, count in found.items()}
 
 
 def steady_steps(report: dict, training: bool) -> int:
     """How many steps `steady` looked at."""
-    return sum(max(0, each["steps"] - 2) for each in report["passes"] if each["training"] is training)
+    return sum(map(len, _middle(report, training).values()))
+
+
+def _middle(report, training):
+    """By pass: its steps after the first one, which may set something up or print, and before the end of the last."""
+    return {index: range(2, each["steps"]) for index, each in enumerate(report["passes"])
+            if each["training"] is training}  # fmt: skip

@@ -26,10 +26,12 @@ def library():
     """The NVRTC library; skips the test, loudly, where none is installed."""
     candidates = [str(path) for folder in _folders() for path in sorted(folder.glob("libnvrtc*.so*"))]
     for name in [*candidates, ctypes.util.find_library("nvrtc")]:
-        # libnvrtc.alt is the same compiler built otherwise, which does not find its builtins beside itself.
+        # libnvrtc.alt is the same compiler built otherwise.
         if name is None or "builtins" in name or ".alt." in name:
             continue
         try:
+            for builtins in sorted(Path(name).parent.glob("libnvrtc-builtins.so*")):
+                ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)  # which it does not look for beside itself
             return ctypes.CDLL(name)
         except OSError:
             continue
